@@ -1,0 +1,417 @@
+// BatchNorm, ReLU and residual add around a convolution, and their backward, on the CPU.
+//
+// setup.py compiles this file once per instruction set, each into a namespace of its own; isa.cpp
+// picks one. Arithmetic is fp32 whatever the storage. Tiles follow from the shape alone and are
+// merged in order, so results do not depend on the number of threads.
+#include "isa.h"
+#include "vec.h"
+
+namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
+namespace {
+
+// 32k elements of fp32 are 128 KB: a tile read once from memory stays in L2 for a second pass.
+constexpr int64_t TILE = 32768;
+constexpr int64_t MAX_BLOCK_K = 512;
+// A sum down a tile's rows is fp32, and its rounding error grows with them: 128 is 2 eps or so.
+constexpr int64_t MAX_BLOCK_NPQ = 128;
+// Waking the other threads costs more than this many elements.
+constexpr int64_t SERIAL = 32768;
+constexpr int64_t MERGE_K = 64;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// One tile: rows [row, row_end) and channels [channel, channel_end); `index` counts row blocks.
+struct Tile {
+  int64_t index, row, row_end, channel, channel_end;
+};
+
+/// An (npq, k) matrix cut into tiles.
+struct Tiles {
+  int64_t npq, k, block_npq, block_k;
+
+  Tiles(int64_t npq, int64_t k) : npq(npq), k(k), block_k(smaller(k, MAX_BLOCK_K)) {
+    block_npq = smaller(TILE / block_k, MAX_BLOCK_NPQ);
+  }
+
+  int64_t row_blocks() const { return cdiv(npq, block_npq); }
+  int64_t channel_blocks() const { return cdiv(k, block_k); }
+  int64_t rows(int64_t index) const { return smaller(block_npq, npq - index * block_npq); }
+
+  Tile operator[](int64_t i) const {
+    const int64_t index = i / channel_blocks();
+    const int64_t row = index * block_npq;
+    const int64_t channel = i % channel_blocks() * block_k;
+    return {index, row, row + rows(index), channel, smaller(channel + block_k, k)};
+  }
+};
+
+template <class Body>
+void for_each_tile(const Tiles& tiles, Body body) {
+  const int64_t count = tiles.row_blocks() * tiles.channel_blocks();
+#pragma omp parallel for schedule(static) if (tiles.npq * tiles.k > SERIAL)
+  for (int64_t i = 0; i < count; ++i) body(tiles[i]);
+}
+
+/// Calls body(offset, channel, lanes) on every vector of an (npq, k) matrix, rows in order.
+template <class Body>
+void for_each_vector(int64_t npq, int64_t k, Body body) {
+#pragma omp parallel for schedule(static) if (npq * k > SERIAL)
+  for (int64_t row = 0; row < npq; ++row) {
+    const Body local =
+        body;  // what it holds stays in registers: a store could change the shared one
+    int64_t channel = 0;
+    for (; channel + LANES <= k; channel += LANES) local(row * k + channel, channel, All{});
+    if (channel < k) local(row * k + channel, channel, First{static_cast<int>(k - channel)});
+  }
+}
+
+/// The sums of WIDTH vectors of channels down a tile, in registers.
+template <int WIDTH, int SUMS, class Add, class Lanes>
+void sum_strip(const Tile& tile, int64_t k, int64_t channel, Lanes lanes, Add add,
+               float* const (&out)[SUMS]) {
+  Vec sums[WIDTH][SUMS] = {};
+  for (int64_t row = tile.row; row < tile.row_end; ++row) {
+    for (int i = 0; i < WIDTH; ++i) {
+      const int64_t c = channel + i * LANES;
+      add(row * k + c, c, lanes, sums[i]);
+    }
+  }
+  for (int i = 0; i < WIDTH; ++i) {
+    for (int s = 0; s < SUMS; ++s) store(out[s] + channel + i * LANES, sums[i][s], lanes);
+  }
+}
+
+/// The skeleton of every reduction: add(offset, channel, lanes, sums) adds one vector of a tile to
+/// its channels' SUMS sums, which go to out[0..SUMS) at the tile's channels.
+template <int SUMS, class Add>
+void sum_tile(const Tile& tile, int64_t k, const Add& add, float* const (&out)[SUMS]) {
+  constexpr int WIDTH = 4;
+  int64_t channel = tile.channel;
+  for (; channel + WIDTH * LANES <= tile.channel_end; channel += WIDTH * LANES) {
+    sum_strip<WIDTH>(tile, k, channel, All{}, add, out);
+  }
+  for (; channel + LANES <= tile.channel_end; channel += LANES) {
+    sum_strip<1>(tile, k, channel, All{}, add, out);
+  }
+  if (channel < tile.channel_end) {
+    const First lanes{static_cast<int>(tile.channel_end - channel)};
+    sum_strip<1>(tile, k, channel, lanes, add, out);
+  }
+}
+
+/// Calls body(first, last) on blocks of at most MERGE_K channels.
+template <class Body>
+void for_each_channel_block(const Tiles& tiles, Body body) {
+  const int64_t count = cdiv(tiles.k, MERGE_K);
+#pragma omp parallel for schedule(static) if (tiles.row_blocks() * tiles.k > SERIAL)
+  for (int64_t i = 0; i < count; ++i) body(i * MERGE_K, smaller((i + 1) * MERGE_K, tiles.k));
+}
+
+/// total[c - first] = sum of term(tile index, c) over the row blocks in order, in double.
+template <class Term>
+void merge(const Tiles& tiles, int64_t first, int64_t last, double (&total)[MERGE_K], Term term) {
+  for (double& t : total) t = 0;
+  for (int64_t index = 0; index < tiles.row_blocks(); ++index) {
+#pragma omp simd
+    for (int64_t c = first; c < last; ++c) total[c - first] += term(index, c);
+  }
+}
+
+/// Merges SUMS workspace planes of (row_blocks, k) into SUMS outputs of (k,).
+template <int SUMS>
+void merge_sums(const Tiles& tiles, const float* workspace, float* const (&out)[SUMS]) {
+  const int64_t plane = tiles.row_blocks() * tiles.k;
+  for_each_channel_block(tiles, [&](int64_t first, int64_t last) {
+    double total[MERGE_K];
+    for (int s = 0; s < SUMS; ++s) {
+      const float* partial = workspace + s * plane;
+      merge(tiles, first, last, total,
+            [=](int64_t index, int64_t c) { return double{partial[index * tiles.k + c]}; });
+      for (int64_t c = first; c < last; ++c) out[s][c] = static_cast<float>(total[c - first]);
+    }
+  });
+}
+
+/// Reduces SUMS sums over the whole matrix: tiles into the workspace, then the tiles in order.
+template <int SUMS, class Add>
+void reduce(int64_t npq, int64_t k, float* workspace, const Add& add, float* const (&out)[SUMS]) {
+  const Tiles tiles(npq, k);
+  const int64_t plane = tiles.row_blocks() * k;
+  for_each_tile(tiles, [&](const Tile& tile) {
+    float* partial[SUMS];
+    for (int s = 0; s < SUMS; ++s) partial[s] = workspace + s * plane + tile.index * k;
+    sum_tile<SUMS>(tile, k, add, partial);
+  });
+  merge_sums(tiles, workspace, out);
+}
+
+int64_t bn_workspace(int64_t npq, int64_t k) { return 3 * Tiles(npq, k).row_blocks() * k; }
+
+// mean = sum(y) / NPQ;  var = sum((y - mean)^2) / NPQ
+// Shapes    y (NPQ, K) channels-last; mean, var (K,) fp32; workspace (2, row blocks, K) fp32
+// Tiles     BLOCK_NPQ <= 128 by BLOCK_K <= 512, at most 32k elements; a thread takes a run of them
+// Traffic   reads y once from memory, NPQ * K * itemsize, and once from L2
+// Numerics  per tile the mean and M2 about it, in fp32; tiles merged in double, in order
+//           (Chan, Golub, LeVeque 1979): exact to rounding at |mean| / std = 1000 and beyond
+// Source    ops.bn_stats; docs/bn_act.md
+template <class T>
+void bn_stats_kernel(const BnStats& args) {
+  const T* y = static_cast<const T*>(args.y);
+  const Tiles tiles(args.npq, args.k);
+  const int64_t k = args.k;
+  float* means = args.workspace;
+  float* m2s = means + tiles.row_blocks() * k;
+
+  for_each_tile(tiles, [&](const Tile& tile) {
+    float* mean = means + tile.index * k;
+    float* m2 = m2s + tile.index * k;
+    const float n = static_cast<float>(tile.row_end - tile.row);
+
+    sum_tile<1>(tile, k,
+                [=](int64_t offset, int64_t, auto lanes, Vec(&sum)[1]) {
+                  sum[0] += load(y + offset, lanes);
+                },
+                {mean});
+    for (int64_t c = tile.channel; c < tile.channel_end; ++c) mean[c] /= n;
+
+    sum_tile<1>(tile, k,
+                [=](int64_t offset, int64_t channel, auto lanes, Vec(&sum)[1]) {
+                  const Vec d = load(y + offset, lanes) - load(mean + channel, lanes);
+                  sum[0] = fma(d, d, sum[0]);
+                },
+                {m2});
+  });
+
+  for_each_channel_block(tiles, [&](int64_t first, int64_t last) {
+    const double npq = static_cast<double>(args.npq > 0 ? args.npq : 1);
+    double mean[MERGE_K], m2[MERGE_K];
+    merge(tiles, first, last, mean, [&](int64_t index, int64_t c) {
+      return static_cast<double>(tiles.rows(index)) * means[index * k + c];
+    });
+    for (double& m : mean) m /= npq;
+    merge(tiles, first, last, m2, [&](int64_t index, int64_t c) {
+      const double d = means[index * k + c] - mean[c - first];
+      return m2s[index * k + c] + d * d * static_cast<double>(tiles.rows(index));
+    });
+    for (int64_t c = first; c < last; ++c) {
+      const double var = m2[c - first] / npq;
+      args.mean[c] = static_cast<float>(mean[c - first]);
+      args.var[c] = var < 0 ? 0.0f : static_cast<float>(var);  // keeps NaN
+    }
+  });
+}
+
+struct NoResidual {
+  template <class Lanes>
+  Vec operator()(Vec value, int64_t, int64_t, Lanes) const {
+    return value;
+  }
+};
+
+template <class T>
+struct PlainResidual {
+  const T* residual;
+
+  template <class Lanes>
+  Vec operator()(Vec value, int64_t offset, int64_t, Lanes lanes) const {
+    return value + load(residual + offset, lanes);
+  }
+};
+
+template <class T>
+struct AffineResidual {
+  const T* residual;
+  const float* rscale;
+  const float* rshift;
+
+  template <class Lanes>
+  Vec operator()(Vec value, int64_t offset, int64_t channel, Lanes lanes) const {
+    return value + fma(load(residual + offset, lanes), load(rscale + channel, lanes),
+                       load(rshift + channel, lanes));
+  }
+};
+
+// z = act(y * scale + shift [+ residual | + residual * rscale + rshift])
+// Shapes    y, residual, z (NPQ, K) channels-last; scale, shift, rscale, rshift (K,) fp32
+// Tiles     rows, shared out to the threads
+// Traffic   reads y, residual, writes z: 3 * NPQ * K * itemsize; no reuse, bandwidth is the limit
+// Numerics  fp32 from load to store; one rounding, at the store; relu(NaN) = NaN
+// Source    ops.affine_act; docs/bn_act.md
+template <bool RELU, class T, class Residual>
+void affine_act_kernel(const AffineAct& args, T, Residual add_residual) {
+  const T* y = static_cast<const T*>(args.y);
+  T* z = static_cast<T*>(args.z);
+  const float* scale = args.scale;
+  const float* shift = args.shift;
+  for_each_vector(args.npq, args.k, [=](int64_t offset, int64_t channel, auto lanes) {
+    Vec value =
+        fma(load(y + offset, lanes), load(scale + channel, lanes), load(shift + channel, lanes));
+    value = add_residual(value, offset, channel, lanes);
+    store(z + offset, RELU ? relu(value) : value, lanes);
+  });
+}
+
+template <class T, class Residual>
+void affine_act_kernel(const AffineAct& args, T type, Residual add_residual) {
+  if (args.relu) {
+    affine_act_kernel<true>(args, type, add_residual);
+  } else {
+    affine_act_kernel<false>(args, type, add_residual);
+  }
+}
+
+// g = dz where z > 0 else 0;  sum_g = sum(g);  sum_gy = sum(g * (y - mean));  sum_gry likewise
+// Shapes    dz, z, y, ry, g (NPQ, K) channels-last; mean, rmean, sums (K,) fp32;
+//           workspace (SUMS, row blocks, K) fp32
+// Tiles     as bn_stats
+// Traffic   reads dz, z, y, ry, writes g: 5 * NPQ * K * itemsize (4 without ry)
+// Numerics  fp32 sums down a tile, tiles merged in double, in order; g is dz or 0, exactly
+// Source    ops.affine_act_backward; docs/bn_act.md
+template <int SUMS, class T>
+void affine_act_backward_kernel(const AffineActBackward& args, float* const (&out)[SUMS]) {
+  const T* dz = static_cast<const T*>(args.dz);
+  const T* z = static_cast<const T*>(args.z);
+  const T* y = static_cast<const T*>(args.y);
+  const T* ry = static_cast<const T*>(args.ry);
+  T* g = static_cast<T*>(args.g);
+  const float* mean = args.mean;
+  const float* rmean = args.rmean;
+  const auto add = [=](int64_t offset, int64_t channel, auto lanes, Vec(&sums)[SUMS]) {
+    const Vec gradient = where_active(load(z + offset, lanes), load(dz + offset, lanes));
+    const Vec centred = load(y + offset, lanes) - load(mean + channel, lanes);
+    sums[0] += gradient;
+    sums[1] = fma(gradient, centred, sums[1]);
+    if constexpr (SUMS == 3) {
+      const Vec rcentred = load(ry + offset, lanes) - load(rmean + channel, lanes);
+      sums[2] = fma(gradient, rcentred, sums[2]);
+    }
+    store(g + offset, gradient, lanes);
+  };
+  reduce<SUMS>(args.npq, args.k, args.workspace, add, out);
+}
+
+/// g of a gradient dz that comes without a ReLU: itself.
+template <class T>
+struct Gradient {
+  const T* dz;
+
+  template <class Lanes>
+  Vec operator()(Vec, int64_t offset, int64_t, Lanes lanes) const {
+    return load(dz + offset, lanes);
+  }
+};
+
+/// g behind a ReLU whose output was not kept: the mask is recomputed as affine_act computed it.
+template <class T>
+struct MaskedGradient {
+  const T* dz;
+  const float* scale;
+  const float* shift;
+
+  template <class Lanes>
+  Vec operator()(Vec y, int64_t offset, int64_t channel, Lanes lanes) const {
+    const Vec preactivation = fma(y, load(scale + channel, lanes), load(shift + channel, lanes));
+    return where_active(preactivation, load(dz + offset, lanes));
+  }
+};
+
+// sum_g = sum(g);  sum_gy = sum(g * (y - mean));  g = dz where y * scale + shift > 0 else 0
+// Shapes    dz, y (NPQ, K) channels-last; mean, scale, shift, sums (K,) fp32;
+//           workspace (2, row blocks, K) fp32
+// Tiles     as bn_stats
+// Traffic   reads dz, y: 2 * NPQ * K * itemsize
+// Numerics  fp32 sums down a tile, tiles merged in double, in order
+// Source    ops.bn_backward_sums; docs/bn_act.md
+template <class T, class G>
+void bn_backward_sums_kernel(const BnBackwardSums& args, T, G g) {
+  const T* y = static_cast<const T*>(args.y);
+  const float* mean = args.mean;
+  const auto add = [=](int64_t offset, int64_t channel, auto lanes, Vec(&sums)[2]) {
+    const Vec value = load(y + offset, lanes);
+    const Vec gradient = g(value, offset, channel, lanes);
+    sums[0] += gradient;
+    sums[1] = fma(gradient, value - load(mean + channel, lanes), sums[1]);
+  };
+  reduce<2>(args.npq, args.k, args.workspace, add, {args.sum_g, args.sum_gy});
+}
+
+// dy = a * g + b * y + c;  g = dz where y * scale + shift > 0 else 0
+// Shapes    dz, y, dy (NPQ, K) channels-last; a, b, c, scale, shift (K,) fp32
+// Tiles     rows, shared out to the threads
+// Traffic   reads dz, y, writes dy: 3 * NPQ * K * itemsize; no reuse, bandwidth is the limit
+// Numerics  fp32 from load to store; one rounding, at the store
+// Source    ops.bn_backward_apply; docs/bn_act.md
+template <class T, class G>
+void bn_backward_apply_kernel(const BnBackwardApply& args, T, G g) {
+  const T* y = static_cast<const T*>(args.y);
+  T* dy = static_cast<T*>(args.dy);
+  const float* a = args.a;
+  const float* b = args.b;
+  const float* c = args.c;
+  for_each_vector(args.npq, args.k, [=](int64_t offset, int64_t channel, auto lanes) {
+    const Vec value = load(y + offset, lanes);
+    const Vec gradient = g(value, offset, channel, lanes);
+    const Vec rest = fma(load(b + channel, lanes), value, load(c + channel, lanes));
+    store(dy + offset, fma(load(a + channel, lanes), gradient, rest), lanes);
+  });
+}
+
+/// Calls f(T, g) with the gradient functor that the arguments ask for.
+template <class Args, class F>
+void visit_gradient(const Args& args, F f) {
+  visit(args.dtype, [&](auto type) {
+    const auto* dz = static_cast<const decltype(type)*>(args.dz);
+    if (args.scale) {
+      f(type, MaskedGradient<decltype(type)>{dz, args.scale, args.shift});
+    } else {
+      f(type, Gradient<decltype(type)>{dz});
+    }
+  });
+}
+
+void bn_stats(const BnStats& args) {
+  visit(args.dtype, [&](auto type) { bn_stats_kernel<decltype(type)>(args); });
+}
+
+void affine_act(const AffineAct& args) {
+  visit(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* residual = static_cast<const T*>(args.residual);
+    if (!residual) {
+      affine_act_kernel(args, type, NoResidual{});
+    } else if (!args.rscale) {
+      affine_act_kernel(args, type, PlainResidual<T>{residual});
+    } else {
+      affine_act_kernel(args, type, AffineResidual<T>{residual, args.rscale, args.rshift});
+    }
+  });
+}
+
+void affine_act_backward(const AffineActBackward& args) {
+  visit(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    // An empty tensor's address may be 0: with no rows, sum_gry alone says that there is an ry.
+    if (args.ry || (args.sum_gry && args.npq == 0)) {
+      affine_act_backward_kernel<3, T>(args, {args.sum_g, args.sum_gy, args.sum_gry});
+    } else {
+      affine_act_backward_kernel<2, T>(args, {args.sum_g, args.sum_gy});
+    }
+  });
+}
+
+void bn_backward_sums(const BnBackwardSums& args) {
+  visit_gradient(args, [&](auto type, auto g) { bn_backward_sums_kernel(args, type, g); });
+}
+
+void bn_backward_apply(const BnBackwardApply& args) {
+  visit_gradient(args, [&](auto type, auto g) { bn_backward_apply_kernel(args, type, g); });
+}
+
+}  // namespace
+
+const BnAct bn_act = {bn_workspace,        bn_stats,         affine_act,
+                      affine_act_backward, bn_backward_sums, bn_backward_apply};
+
+}  // namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE

@@ -1,0 +1,64 @@
+// Picks the instruction set, once, and forwards to it.
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace resnet_fast::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const BnAct* bn_act;
+};
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Best first.
+const Isa ISAS[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, &avx512::bn_act},
+    {"avx2", has_avx2, &avx2::bn_act},
+#endif
+    {"baseline", [] { return true; }, &baseline::bn_act},
+};
+
+const Isa& choose() {
+  const char* wanted = std::getenv("RESNET_FAST_ISA");
+  for (const Isa& isa : ISAS) {
+    if ((!wanted || !*wanted || std::string(wanted) == isa.name) && isa.supported()) return isa;
+  }
+  throw std::runtime_error("RESNET_FAST_ISA=" + std::string(wanted) +
+                           ": not built, or this CPU does not have it");
+}
+
+const Isa& chosen() {
+  static const Isa& isa = choose();
+  return isa;
+}
+
+const BnAct& ops() { return *chosen().bn_act; }
+
+}  // namespace
+
+const char* isa() { return chosen().name; }
+
+int64_t bn_workspace(int64_t npq, int64_t k) { return ops().bn_workspace(npq, k); }
+void bn_stats(const BnStats& args) { ops().bn_stats(args); }
+void affine_act(const AffineAct& args) { ops().affine_act(args); }
+void affine_act_backward(const AffineActBackward& args) { ops().affine_act_backward(args); }
+void bn_backward_sums(const BnBackwardSums& args) { ops().bn_backward_sums(args); }
+void bn_backward_apply(const BnBackwardApply& args) { ops().bn_backward_apply(args); }
+
+}  // namespace resnet_fast::cpu

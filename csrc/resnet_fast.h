@@ -1,0 +1,154 @@
+// Every C++ op, in namespaces cpu and cuda. Pointers, sizes and a stream: nothing here allocates,
+// and nothing knows torch.
+//
+// Matrices are channels-last, (npq, k) row-major, of storage type `dtype`. Everything per channel
+// is float32 of shape (k,). A null pointer is an absent operand. npq may be 0: statistics and sums
+// are then 0. Outputs may alias inputs of the same shape where the op says so.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "types.h"
+
+namespace resnet_fast {
+
+using Stream = void*;  // a cudaStream_t; cpu ignores it
+
+/// mean = average of y, var = average of (y - mean)^2, the biased variance.
+struct BnStats {
+  const void* y;
+  float* mean;
+  float* var;
+  float* workspace;
+  int64_t npq, k;
+  DType dtype;
+  Stream stream;
+};
+
+/// z = act(y * scale + shift + residual), or, with rscale and rshift,
+/// z = act(y * scale + shift + residual * rscale + rshift); act is ReLU or nothing.
+/// z may alias y or residual.
+struct AffineAct {
+  const void* y;
+  const float* scale;
+  const float* shift;
+  const void* residual;
+  const float* rscale;
+  const float* rshift;
+  void* z;
+  int64_t npq, k;
+  DType dtype;
+  bool relu;
+  Stream stream;
+};
+
+/// g = dz where z > 0 (or is NaN), else 0; sum_g = sum of g, sum_gy = sum of g * (y - mean) and,
+/// with ry, sum_gry = sum of g * (ry - rmean). g may alias dz.
+struct AffineActBackward {
+  const void* dz;
+  const void* z;
+  const void* y;
+  const float* mean;
+  const void* ry;
+  const float* rmean;
+  void* g;
+  float* sum_g;
+  float* sum_gy;
+  float* sum_gry;
+  float* workspace;
+  int64_t npq, k;
+  DType dtype;
+  Stream stream;
+};
+
+/// sum_g = sum of g, sum_gy = sum of g * (y - mean), where g = dz where y * scale + shift > 0 (or
+/// is NaN), else 0; without scale, g = dz.
+struct BnBackwardSums {
+  const void* dz;
+  const void* y;
+  const float* mean;
+  const float* scale;
+  const float* shift;
+  float* sum_g;
+  float* sum_gy;
+  float* workspace;
+  int64_t npq, k;
+  DType dtype;
+  Stream stream;
+};
+
+/// dy = a * g + b * y + c, with g as in BnBackwardSums. dy may alias dz.
+struct BnBackwardApply {
+  const void* dz;
+  const void* y;
+  const float* a;
+  const float* b;
+  const float* c;
+  const float* scale;
+  const float* shift;
+  void* dy;
+  int64_t npq, k;
+  DType dtype;
+  Stream stream;
+};
+
+/// The ops on these, as one backend has them or, on the CPU, one instruction set.
+struct BnAct {
+  int64_t (*bn_workspace)(int64_t npq, int64_t k);
+  void (*bn_stats)(const BnStats&);
+  void (*affine_act)(const AffineAct&);
+  void (*affine_act_backward)(const AffineActBackward&);
+  void (*bn_backward_sums)(const BnBackwardSums&);
+  void (*bn_backward_apply)(const BnBackwardApply&);
+};
+
+namespace cpu {
+
+/// Floats of workspace that any of the reductions below needs.
+int64_t bn_workspace(int64_t npq, int64_t k);
+void bn_stats(const BnStats& args);
+void affine_act(const AffineAct& args);
+void affine_act_backward(const AffineActBackward& args);
+void bn_backward_sums(const BnBackwardSums& args);
+void bn_backward_apply(const BnBackwardApply& args);
+
+/// The instruction set that the ops above run on, chosen once: the best one that this CPU has, or
+/// the one that the environment variable RESNET_FAST_ISA names.
+const char* isa();
+
+/// One buffer to fingerprint.
+struct Span {
+  const void* address;
+  int64_t nbytes;
+};
+
+/// A 64-bit hash of one 8-byte word in every `stride` bytes of each buffer (0: of every byte), of
+/// its last bytes, and of its length.
+uint64_t fingerprint(const std::vector<Span>& spans, int64_t stride);
+
+/// The library that serves OpenMP in this process, and the threads it would use.
+struct OpenMP {
+  int max_threads;
+  std::string runtime;
+};
+OpenMP openmp_info();
+
+}  // namespace cpu
+
+namespace cuda {
+
+int64_t bn_workspace(int64_t npq, int64_t k);
+void bn_stats(const BnStats& args);
+void affine_act(const AffineAct& args);
+void affine_act_backward(const AffineActBackward& args);
+void bn_backward_sums(const BnBackwardSums& args);
+void bn_backward_apply(const BnBackwardApply& args);
+
+/// Empty if the driver can serve the CUDA runtime linked in here, else the reason why not.
+std::string driver_ok();
+
+}  // namespace cuda
+
+}  // namespace resnet_fast

@@ -1,0 +1,41 @@
+"""torchvision.models.resnet: BasicBlock, Bottleneck (ResNet, ResNeXt, wide ResNet) and the stem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .common import BlockPlan, ConvBnPath, HostPlan, Part, shortcut, text_of
+
+STEM = BlockPlan("stem", (ConvBnPath("conv1", "bn1", "relu"),))
+BASIC = tuple(ConvBnPath(f"conv{i}", f"bn{i}", "relu") for i in (1, 2))
+BOTTLENECK = tuple(ConvBnPath(f"conv{i}", f"bn{i}", "relu") for i in (1, 2, 3))
+
+
+def basic(block: Any) -> BlockPlan:
+    return BlockPlan("basic", BASIC, shortcut(block, "downsample"))
+
+
+def bottleneck(block: Any) -> BlockPlan:
+    return BlockPlan("bottleneck", BOTTLENECK, shortcut(block, "downsample"))
+
+
+def _forward(net: Any, x: Tensor, part: Part) -> Tensor:
+    x = net.maxpool(part(0, x))
+    x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+    return net.fc(torch.flatten(net.avgpool(x), 1))
+
+
+def stem(net: Any) -> HostPlan | str:
+    if text_of(type(net)._forward_impl) not in ("9c951761811fa95e",):
+        return "this torchvision's ResNet._forward_impl is not the one that is known here; the stem runs as it is"
+    return HostPlan("stem", (STEM,), "_forward_impl", _forward)
+
+
+ADAPTERS = {
+    "torchvision.models.resnet.BasicBlock": basic,
+    "torchvision.models.resnet.Bottleneck": bottleneck,
+    "torchvision.models.resnet.ResNet": stem,
+}

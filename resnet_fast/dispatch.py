@@ -1,0 +1,168 @@
+"""Which backend runs an op: torch.library registration, the order of backends, and the reasons for every choice.
+
+Each op of :mod:`resnet_fast.ops` becomes ``torch.ops.resnet_fast.<name>``: a schema read off its definition, one
+implementation that picks a backend, and a fake (the definition on fake tensors) for torch.compile and torch.export.
+
+A backend is a module with functions named like ops and one predicate ``why_not(op, device, dtype)``: None, or the
+reason why it cannot run this op there. The first backend of ``BACKENDS`` that can, runs; the definition ("torch") is
+last. ``with use_backend("native"):`` allows that one alone and raises with every reason where it cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "OPS", "BackendError", "Choice", "Op", "choose", "op", "prepare", "reasons", "use_backend"]
+
+#: In the order in which they are asked. "torch", the definitions, is implied at the end.
+BACKENDS: tuple[str, ...] = ("onednn", "cudnn", "native")
+
+#: Every op by name, in the order of definition.
+OPS: dict[str, Op] = {}
+
+_LIBRARY = torch.library.Library("resnet_fast", "DEF")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("resnet_fast_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """The backend asked for cannot run an op; the message holds every reason."""
+
+
+class Choice(NamedTuple):
+    """What ``choose`` picked: the backend's name and its function."""
+
+    backend: str
+    function: Callable[..., Any]
+
+
+class Op:
+    """One op: call it to run the best backend, or ``.definition`` for the plain torch text."""
+
+    def __init__(self, definition: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, definition)
+        self.name: str = definition.__name__
+        self.definition = definition
+        self.signature = inspect.signature(definition)
+        self.schema: str = torch.library.infer_schema(definition, mutates_args=())
+        _LIBRARY.define(self.name + self.schema)
+        # CompositeExplicitAutograd: one implementation for every device. The device is looked at in choose().
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"resnet_fast::{self.name}", definition, lib=_LIBRARY)
+        self._overload = getattr(torch.ops.resnet_fast, self.name).default
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._overload(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        lead: Tensor = args[0]
+        function = choose(self.name, lead.device, lead.dtype).function
+        if torch.is_autocast_enabled(lead.device.type):
+            # Casting was decided before the op was called: a library convolution inside must not cast again.
+            with torch.autocast(lead.device.type, enabled=False):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<op resnet_fast::{self.name}{self.schema}>"
+
+
+def op(definition: Callable[..., Any]) -> Op:
+    """Decorator: register a definition as an op of the vocabulary."""
+    OPS[definition.__name__] = Op(definition)
+    return OPS[definition.__name__]
+
+
+@functools.cache
+def backend(name: str) -> ModuleType:
+    """The backend module ``name``, imported on first use."""
+    return importlib.import_module(f"resnet_fast.backends.{name}")
+
+
+def _check_backend_name(name: str) -> None:
+    known = (*BACKENDS, "torch")
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"backend: found {name!r}; supported are {', '.join(map(repr, known))}.{hint}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op inside on backend ``name`` ("native", "onednn", "cudnn", or "torch": the definitions), and on no other.
+
+    Raises ``ValueError`` for an unknown name at once and :class:`BackendError`, with the reason, for an op which that
+    backend cannot run. ``None`` restores the automatic choice. Holds for the current thread or task.
+    """
+    if name is not None:
+        _check_backend_name(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _why_not(name: str, op_name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    try:
+        module = backend(name)
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    if not hasattr(module, op_name):
+        return f"has no {op_name}"
+    return module.why_not(op_name, device, dtype)
+
+
+def reasons(op_name: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Per backend: None where it can run ``op_name`` there, else why not. In order; "torch" is always able."""
+    answers = {name: _why_not(name, op_name, device, dtype) for name in BACKENDS}
+    answers["torch"] = None
+    return answers
+
+
+def choose(op_name: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend that runs ``op_name`` for tensors of ``dtype`` on ``device``. Choices are cached."""
+    return _choose(op_name, device, dtype, _forced.get())
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(op_name: str, device: torch.device, dtype: torch.dtype, forced: str | None) -> Choice:
+    if forced == "torch":
+        return Choice("torch", OPS[op_name].definition)
+    answers = reasons(op_name, device, dtype)
+    if forced is not None:
+        if answers[forced] is None:
+            return Choice(forced, getattr(backend(forced), op_name))
+        able = [name for name, reason in answers.items() if reason is None]
+        raise BackendError(
+            f"backend {forced!r} cannot run {op_name} on {device} in {dtype}: {answers[forced]}. "
+            f"Able here: {', '.join(able)}. Remedy: use_backend(None) for the automatic choice."
+        )
+    for name, reason in answers.items():
+        if reason is None and name != "torch":
+            return Choice(name, getattr(backend(name), op_name))
+    return Choice("torch", OPS[op_name].definition)
+
+
+def prepare(
+    op_name: str, w: Tensor, x: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """Weight ``w`` in the layout that the backend of ``op_name`` likes best for inputs like ``x``: made once, used often.
+
+    A backend offers it as ``<op>_prepare(w, stride, padding, dilation, groups)``; elsewhere ``w`` is made channels-last.
+    """
+    choice = choose(op_name, x.device, x.dtype)
+    hook = None if choice.backend == "torch" else getattr(backend(choice.backend), f"{op_name}_prepare", None)
+    if hook is None:
+        return w.contiguous(memory_format=torch.channels_last)
+    return hook(w, stride, padding, dilation, groups)

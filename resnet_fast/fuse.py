@@ -1,0 +1,327 @@
+"""fuse(), unfuse(), fused(), explain(), register_block(): swapping the forward of blocks in existing models.
+
+A block is swapped by assigning ``block.__class__`` a generated subclass of its own class. Keys, Parameter identity, hooks
+on the block, ``isinstance``, train/eval and ``.to()`` are untouched, for the object is the same; pickles and deepcopies name the
+original class. The generated forward asks the plan's guards at every call and runs the original forward where one fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from . import adapters, dispatch
+from .functional import FoldCache
+from .plan import BlockPlan, HostPlan, Opaque, Refusal, find, run, run_unfused, why_not_now
+
+__all__ = ["Explanation", "FuseError", "Row", "explain", "fuse", "fused", "register_block", "unfuse"]
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Where a fused module keeps what is ours, in its ``__dict__``. Never in a pickle.
+_KEY = "_resnet_fast"
+
+
+class FuseError(RuntimeError):
+    """fuse(strict=True) met a block that it cannot fuse whole; the message names each one and why."""
+
+
+class _State:
+    """What a fused module carries: its plan, its backend, and the folded weights of each part."""
+
+    def __init__(self, plan: BlockPlan | HostPlan, backend: str | None) -> None:
+        self.plan, self.backend = plan, backend
+        self.caches = [FoldCache() for _ in _parts(plan)]
+        self.refusal: str | None = None  # why the last call ran the original forward, for explain()
+
+
+def _parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan, ...]:
+    return plan.parts if isinstance(plan, HostPlan) else (plan,)
+
+
+def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The replaced method of every fused module: the plan's forward, or the original's where a guard fails."""
+    state: _State = self.__dict__[_KEY]
+    plan = state.plan
+    refusal = None
+    try:
+        if args or kwargs:
+            raise Refusal("called with further arguments")
+        if isinstance(plan, BlockPlan):
+            return run(self, plan, x, state.caches[0], state.backend)
+
+        def part(i: int, x: Tensor) -> Tensor:
+            nonlocal refusal
+            try:
+                return run(self, plan.parts[i], x, state.caches[i], state.backend)
+            except Refusal as error:
+                refusal = str(error)
+            return run_unfused(self, plan.parts[i], x)
+
+        return plan.forward(self, x, part)
+    except Refusal as error:
+        refusal = str(error)
+    finally:
+        if state.refusal != refusal:
+            state.refusal = refusal
+    original = type(self)._resnet_fast_original
+    return getattr(original, _method(plan))(self, x, *args, **kwargs)
+
+
+def _method(plan: BlockPlan | HostPlan) -> str:
+    return plan.method if isinstance(plan, HostPlan) else "forward"
+
+
+def _reduce_ex(self: Any, protocol: Any) -> Any:
+    """Pickle as the original: its class, and its state without ours."""
+    with _as_original(self):
+        value = self.__reduce_ex__(protocol)
+    # __reduce_ex__ hands out self.__dict__ itself, into which ours has returned by now.
+    if len(value) > 2 and isinstance(value[2], dict):
+        state = {k: v for k, v in value[2].items() if k != _KEY}
+        value = (*value[:2], state, *value[3:])
+    return value
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a fused module is fused: the original's copy, attached to the same plan."""
+    with _as_original(self):
+        twin = copy.deepcopy(self, memo)
+    state: _State = self.__dict__[_KEY]
+    _attach(twin, state.plan, state.backend)
+    return twin
+
+
+@contextlib.contextmanager
+def _as_original(module: Any) -> Iterator[None]:
+    """``module`` as its original class, for a moment: calls in other threads run the original forward meanwhile."""
+    state, kind = module.__dict__.pop(_KEY), type(module)
+    module.__class__ = kind._resnet_fast_original
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+        module.__dict__[_KEY] = state
+
+
+@functools.cache
+def _fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
+    """The generated subclass, one per class: every block of a kind stays of one type."""
+    body = {
+        "__module__": original.__module__,
+        "__qualname__": f"Fused{original.__qualname__}",
+        "__doc__": f"{original.__name__}, with its {method} fused by resnet_fast.",
+        "__reduce_ex__": _reduce_ex,
+        "__deepcopy__": _deepcopy,
+        "_resnet_fast_original": original,
+        method: _forward,
+    }
+    return type(f"Fused{original.__name__}", (original,), body)
+
+
+def _attach(module: Any, plan: BlockPlan | HostPlan, backend: str | None) -> None:
+    module.__dict__[_KEY] = _State(plan, backend)
+    module.__class__ = _fused_class(type(module), _method(plan))
+
+
+def _detach(module: Any) -> None:
+    module.__class__ = type(module)._resnet_fast_original
+    del module.__dict__[_KEY]
+
+
+def _state(module: nn.Module) -> _State | None:
+    return module.__dict__.get(_KEY)
+
+
+# ---- what there is to fuse --------------------------------------------------------------------------------------
+
+
+class _Candidate(NamedTuple):
+    name: str
+    module: nn.Module
+    plan: BlockPlan | HostPlan | None
+    kind: str
+    reason: str  # why not, where there is no plan
+
+
+def _original_class(module: nn.Module) -> type[nn.Module]:
+    return getattr(type(module), "_resnet_fast_original", type(module))
+
+
+def _ids(module: nn.Module, plan: BlockPlan) -> Iterator[int]:
+    """The submodules that a plan takes over, and the containers on the way to them."""
+    for path in plan.paths:
+        names = path.split(".")
+        for end in range(1, len(names) + 1):
+            yield id(find(module, ".".join(names[:end])))
+
+
+def _candidates(model: nn.Module) -> Iterator[_Candidate]:
+    """Every module that an adapter knows, and every convolution or norm that none of them covers."""
+    covered: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in covered:
+            continue
+        state = _state(module)
+        verdict = state.plan if state else adapters.look(module, _original_class(module))
+        if verdict is None:
+            continue
+        if isinstance(verdict, adapters.Unfit):
+            yield _Candidate(name, module, None, verdict.kind, verdict.reason)
+            continue
+        for plan in _parts(verdict):
+            covered.update(_ids(module, plan))
+        yield _Candidate(name, module, verdict, verdict.kind, "")
+    for name, module in model.named_modules():
+        if id(module) not in covered and isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
+            kind = type(module).__name__
+            yield _Candidate(name, module, None, kind, "not part of a block or sequence that an adapter knows")
+
+
+def fuse(
+    model: M,
+    *,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    backend: str | None = None,
+    strict: bool = False,
+) -> M:
+    """Swap the blocks of ``model`` for fused ones, in place; returns the same model.
+
+    Args:
+        model: any module: a torchvision, timm, transformers or segmentation-models-pytorch network, our own, or one whose
+            blocks were registered. What is not recognised stays as it is; :func:`explain` says why.
+        filter_fn: called with (name, module) of each block; where it returns False the block is left alone.
+        backend: run on this backend alone ("native", "onednn", "cudnn", "torch"); None chooses per op.
+        strict: raise :class:`FuseError`, and leave the model as it was, if a block cannot be fused whole.
+
+    Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,
+    buffers and hooks are not touched, so optimizers and checkpoints go on as before. :func:`unfuse` undoes it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: found {type(filter_fn).__name__}, supported is a callable (name, module) -> bool")
+    with dispatch.use_backend(backend):
+        pass  # an unknown name raises here, before anything is swapped
+    chosen = [c for c in _candidates(model) if filter_fn is None or filter_fn(c.name, c.module)]
+    if strict:
+        bad = [row for row in map(_row, chosen) if row.status != "fused" and row.block]
+        if bad:
+            lines = "\n".join(f"  {row.name or '(root)'} ({row.kind}): {row.reason}" for row in bad)
+            raise FuseError(f"strict=True, and {len(bad)} block(s) cannot be fused whole:\n{lines}")
+    for candidate in chosen:
+        if candidate.plan is None:
+            continue
+        state = _state(candidate.module)
+        if state is None:
+            _attach(candidate.module, candidate.plan, backend)
+        else:
+            state.backend = backend
+    return model
+
+
+def unfuse(model: M) -> M:
+    """Undo :func:`fuse`, in place: every module has its original class and forward again. Returns the model."""
+    for module in model.modules():
+        if _state(module) is not None:
+            _detach(module)
+    return model
+
+
+@contextlib.contextmanager
+def fused(model: M, **options: Any) -> Iterator[M]:
+    """``with fused(model): ...``: fused inside (options as for :func:`fuse`), and afterwards just as it was before."""
+    before = {id(m) for m in model.modules() if _state(m) is not None}
+    fuse(model, **options)
+    try:
+        yield model
+    finally:
+        for module in model.modules():
+            if _state(module) is not None and id(module) not in before:
+                _detach(module)
+
+
+def register_block(cls: type[nn.Module], adapter: Callable[[Any], BlockPlan | str | None]) -> None:
+    """Teach :func:`fuse` a block class of your own.
+
+    ``adapter(block)`` gets an instance of exactly ``cls`` (subclasses may have another forward, and are not asked) and
+    returns a :class:`~resnet_fast.plan.BlockPlan` that names the block's submodules in the order of its forward, or a
+    string: the reason why this one cannot be fused. Registering again replaces the adapter.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls: found {cls!r}, supported is a subclass of torch.nn.Module")
+    if not callable(adapter):
+        raise TypeError(f"adapter: found {type(adapter).__name__}, supported is a callable (block) -> BlockPlan or str")
+    adapters.register(cls, adapter)
+
+
+# ---- explain ----------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One row of :func:`explain`. ``status``: "fused", "partly" or "not", after fuse() what is, before it what would be."""
+
+    name: str
+    kind: str
+    status: str
+    reason: str
+    block: bool  # a block or sequence, not a lone convolution or norm
+
+
+class Explanation(list[Row]):
+    """The rows of :func:`explain`: a list, which prints as a table."""
+
+    swapped: bool = False
+
+    def __str__(self) -> str:
+        counts = {s: sum(row.status == s for row in self) for s in ("fused", "partly", "not")}
+        head = "fused" if self.swapped else "would be fused (call fuse(model))"
+        title = f"{counts['fused']} {head}, {counts['partly']} partly, {counts['not']} not"
+        if not self:
+            return "nothing to fuse: no convolution, batch norm or block that an adapter knows"
+        cells = [("name", "kind", "status", "reason")]
+        cells += [(row.name or "(root)", row.kind, row.status, row.reason) for row in self]
+        widths = [max(len(row[i]) for row in cells) for i in range(3)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in cells]
+        return "\n".join([title, *lines])
+
+    __repr__ = __str__
+
+
+def _row(candidate: _Candidate) -> Row:
+    name, module, plan, kind, reason = candidate
+    if plan is None:
+        return Row(name, kind, "not", reason, not isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)))
+    for part in _parts(plan):
+        refusal = why_not_now(module, part)
+        if refusal is not None:
+            return Row(name, kind, "not", refusal, True)
+    state = _state(module)
+    if state is not None and state.refusal is not None:
+        return Row(name, kind, "not", f"last call ran the original forward: {state.refusal}", True)
+    partly = any(isinstance(part.shortcut, Opaque) for part in _parts(plan))
+    what = "; ".join(part.what for part in _parts(plan))
+    return Row(name, kind, "partly" if partly else "fused", what, True)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What of ``model`` is fused and why the rest is not; before fuse(): what would be.
+
+    Returns rows with ``.name``, ``.kind``, ``.status`` ("fused", "partly", "not") and ``.reason``; prints as a table. Every
+    convolution and batch norm is accounted for: in a row of its own, or within its block's. Nothing is changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
+    answer = Explanation()
+    answer.swapped = any(_state(m) is not None for m in model.modules())
+    for candidate in _candidates(model):
+        row = _row(candidate)
+        if answer.swapped and candidate.plan is not None and _state(candidate.module) is None:
+            row = row._replace(status="not", reason="left alone by fuse() (filter_fn, or added later)")
+        answer.append(row)
+    return answer

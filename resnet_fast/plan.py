@@ -1,0 +1,316 @@
+"""Which submodules make up a block, the guards that are checked at every forward, and the fused forward itself.
+
+A plan names submodules by their paths and never holds them: what is replaced inside a block (SyncBatchNorm, frozen batch
+norm, DataParallel's replicas) is seen at the next forward. Where a guard fails, the block's own forward runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from . import functional as f
+from .dispatch import use_backend
+
+__all__ = ["BlockPlan", "ConvBnPath", "HostPlan", "Opaque", "Refusal", "find", "run", "run_unfused", "why_not_now"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Refusal(Exception):
+    """Why a block cannot run fused, now or ever; the message is what explain() shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvBnPath:
+    """Paths of a convolution, its batch norm and the ReLU behind it, within a block ("layer.0.convolution").
+
+    ``act`` is the path of the activation module; True where the block calls the ReLU as a function, False without one.
+    """
+
+    conv: str
+    bn: str
+    act: str | bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """What an adapter says of a block.
+
+    Args:
+        kind: the word for it in explain(): "bottleneck", "basic", "conv_bn_act", ...
+        layers: the main path. The last one's ``act`` stands behind the sum.
+        shortcut: None (a chain), "identity", a :class:`ConvBnPath` (a projection, without ``act``), or
+            :class:`Opaque`: a submodule that is called as it is, and its output added.
+        idle: paths of what must be absent, None or nn.Identity, because the plan leaves it out.
+    """
+
+    kind: str
+    layers: tuple[ConvBnPath, ...]
+    shortcut: ConvBnPath | Opaque | str | None = None
+    idle: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shortcut, str) and self.shortcut != "identity":
+            raise ValueError(
+                f"shortcut: found {self.shortcut!r}, supported are None, 'identity', a ConvBnPath or an Opaque"
+            )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every submodule that the fused forward takes over."""
+        convs = (*self.layers, self.shortcut) if isinstance(self.shortcut, ConvBnPath) else self.layers
+        return tuple(
+            dict.fromkeys(p for c in convs for p in (c.conv, c.bn, c.act) if isinstance(p, str))
+        )
+
+    @property
+    def what(self) -> str:
+        """The block in a few words, for explain()."""
+        words = [f"{c.conv} + {c.bn}{' + relu' if c.act is not False else ''}" for c in self.layers]
+        if isinstance(self.shortcut, ConvBnPath):
+            words.append(f"shortcut {self.shortcut.conv} + {self.shortcut.bn}")
+        elif self.shortcut == "identity":
+            words.append("identity")
+        elif isinstance(self.shortcut, Opaque):
+            words.append(f"the sum with {self.shortcut.path}, which runs as it is")
+        return ", ".join(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opaque:
+    """A shortcut that is called as it is; ``path`` of the submodule."""
+
+    path: str
+
+
+Part = Callable[[int, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostPlan:
+    """A module that is no block but holds sequences of convolution, norm and ReLU: a network's stem, an nn.Sequential.
+
+    Args:
+        kind: the word for it in explain().
+        parts: the sequences, as chains (``shortcut=None``).
+        method: the method of the module that is replaced.
+        forward: ``forward(module, x, part)``: that method's text, with ``part(i, x)`` in place of ``parts[i]``. May raise
+            Refusal before anything else, if the module is no longer what it was planned for.
+    """
+
+    kind: str
+    parts: tuple[BlockPlan, ...]
+    method: str
+    forward: Callable[[Any, Tensor, Part], Any]
+
+
+def find(module: nn.Module, path: str) -> Any:
+    """The submodule at ``path``, None if it is absent."""
+    found: Any = module
+    for part in path.split("."):
+        modules = getattr(found, "_modules", None)
+        if modules is None or part not in modules:
+            return getattr(found, part, None) if found is not None else None
+        found = modules[part]
+    return found
+
+
+def _check_plain(path: str, m: nn.Module) -> None:
+    """Refuse what a fused forward would pass over: hooks and replaced forwards of inner modules."""
+    if m._forward_hooks or m._forward_pre_hooks:
+        raise Refusal(f"{path} has a forward hook (or is pruned or weight-normalised), which must see its calls")
+    if m._backward_hooks or m._backward_pre_hooks:
+        raise Refusal(f"{path} has a backward hook, which must see its gradients")
+    if "forward" in m.__dict__:
+        raise Refusal(f"{path}.forward was replaced")
+
+
+def _conv(module: nn.Module, path: str) -> nn.Conv2d:
+    conv = find(module, path)
+    if type(conv) is not nn.Conv2d:
+        raise Refusal(f"{path} is {type(conv).__name__}, supported is torch.nn.Conv2d")
+    if conv.padding_mode != "zeros":
+        raise Refusal(f"{path} has padding_mode={conv.padding_mode!r}, supported is 'zeros'")
+    if isinstance(conv.padding, str):
+        raise Refusal(f"{path} has padding={conv.padding!r}, supported are numbers")
+    _check_plain(path, conv)
+    return conv
+
+
+def _relu(module: nn.Module, act: str | bool) -> bool:
+    if isinstance(act, bool):
+        return act
+    m = find(module, act)
+    if m is None or type(m) is nn.Identity:
+        return False
+    if type(m) is not nn.ReLU:
+        raise Refusal(f"{act} is {type(m).__name__}, supported are torch.nn.ReLU and none")
+    _check_plain(act, m)
+    return True
+
+
+def _is_frozen(bn: Any) -> bool:
+    """torchvision's FrozenBatchNorm2d: four buffers, always as in eval."""
+    kind = type(bn)
+    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
+
+
+def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
+    """The layer as tensors and numbers, as it stands at this moment."""
+    conv = _conv(module, paths.conv)
+    bn = find(module, paths.bn)
+    common = {
+        "weight": conv.weight,
+        "bias": conv.bias,
+        "gamma": getattr(bn, "weight", None),
+        "beta": getattr(bn, "bias", None),
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "relu": _relu(module, paths.act),
+    }
+    if _is_frozen(bn):
+        _check_plain(paths.bn, bn)
+        return f.ConvBn(
+            **common, running_mean=bn.running_mean, running_var=bn.running_var, eps=bn.eps, batch_stats=False
+        )
+    if type(bn) is nn.SyncBatchNorm:
+        if bn.training:
+            raise Refusal(f"{paths.bn} is SyncBatchNorm in training, supported are BatchNorm2d and eval")
+    elif type(bn) is not nn.BatchNorm2d:
+        raise Refusal(f"{paths.bn} is {type(bn).__name__}, supported is torch.nn.BatchNorm2d")
+    _check_plain(paths.bn, bn)
+    # nn.BatchNorm2d.forward's rules: what it normalises by, and whether it updates its buffers.
+    has_running = bn.running_mean is not None or bn.running_var is not None
+    keeps = not bn.training or bn.track_running_stats
+    return f.ConvBn(
+        **common,
+        running_mean=bn.running_mean if keeps else None,
+        running_var=bn.running_var if keeps else None,
+        num_batches_tracked=bn.num_batches_tracked if bn.training and keeps else None,
+        eps=bn.eps,
+        momentum=bn.momentum,
+        batch_stats=bn.training or not has_running,
+    )
+
+
+def _collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.ConvBn | None]:
+    """The block's layers and its projection. Raises Refusal where the plan does not hold at this moment."""
+    layers = [_conv_bn(module, paths) for paths in plan.layers]
+    projection = _conv_bn(module, plan.shortcut) if isinstance(plan.shortcut, ConvBnPath) else None
+    for path in plan.idle:
+        m = find(module, path)
+        if m is not None and type(m) is not nn.Identity:
+            raise Refusal(f"{path} is {type(m).__name__}, which stands between the fused layers")
+    return layers, projection
+
+
+def why_not_now(module: nn.Module, plan: BlockPlan) -> str | None:
+    """Why the block would not run fused if it were called now, or None. What depends on the input is not known here."""
+    try:
+        layers, projection = _collect(module, plan)
+    except Refusal as refusal:
+        return str(refusal)
+    for layer in (*layers, *([projection] if projection else [])):
+        if layer.weight.dtype not in _DTYPES:
+            return f"weights are {layer.weight.dtype}, supported are float32, bfloat16, float16"
+    return None
+
+
+def _transformed() -> bool:
+    """Inside torch.compile, torch.jit.trace, torch.func transforms or forward-mode AD, which must see torch's own ops."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _check_input(x: Any, layers: list[f.ConvBn]) -> None:
+    """Refuse what the original forward is to judge: its errors are torch's own."""
+    w = layers[0].weight
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        raise Refusal(f"x is {type(x).__name__}, supported is torch.Tensor")
+    if x.dim() != 4 or x.numel() == 0 or x.shape[1] != w.shape[1] * layers[0].groups:
+        raise Refusal(f"x is {tuple(x.shape)}, supported are non-empty (N, {w.shape[1] * layers[0].groups}, H, W)")
+    if x.dtype not in _DTYPES or x.device.type not in ("cpu", "cuda"):
+        raise Refusal(f"x is {x.dtype} on {x.device}, supported are float32, bfloat16, float16 on cpu and cuda")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for layer in layers:
+        if layer.weight.device != x.device:
+            raise Refusal(f"x is on {x.device}, a weight on {layer.weight.device}")
+        if type(layer.weight) is not nn.Parameter and type(layer.weight) is not Tensor:
+            raise Refusal(f"a weight is {type(layer.weight).__name__}, supported are tensors and parameters")
+        if layer.weight.dtype != x.dtype and not autocast:
+            raise Refusal(f"x is {x.dtype}, a weight {layer.weight.dtype}, without autocast")
+        if layer.weight.dtype not in _DTYPES:
+            raise Refusal(f"a weight is {layer.weight.dtype}, supported are float32, bfloat16, float16")
+
+
+def _needs_grad(x: Tensor, residual: Tensor | None, layers: list[f.ConvBn]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (x, residual, *(t for la in layers for t in (la.weight, la.gamma, la.beta, la.bias)))
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: f.FoldCache, backend: str | None = None) -> Tensor:
+    """The fused forward of ``module``. Raises Refusal, before anything was changed, where the original must run."""
+    if _transformed():
+        raise Refusal("inside a transform of torch")
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        raise Refusal("a global forward hook is registered, which must see every inner module")
+    layers, projection = _collect(module, plan)
+    every = [*layers, projection] if projection else layers
+    _check_input(x, every)
+    if backend is None:
+        return _run(module, plan, x, cache, layers, projection, every)
+    with use_backend(backend):
+        return _run(module, plan, x, cache, layers, projection, every)
+
+
+def _run(
+    module: nn.Module,
+    plan: BlockPlan,
+    x: Tensor,
+    cache: f.FoldCache,
+    layers: list[f.ConvBn],
+    projection: f.ConvBn | None,
+    every: list[f.ConvBn],
+) -> Tensor:
+    residual = find(module, plan.shortcut.path)(x) if isinstance(plan.shortcut, Opaque) else None
+    identity = plan.shortcut == "identity"
+    if not any(layer.batch_stats for layer in every) and not _needs_grad(x, residual, every):
+        operand = x
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            operand, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+        folded = cache.get(operand, every)
+        if folded is not None:
+            z = f.folded_block(
+                operand,
+                folded[: len(layers)],
+                projection=folded[-1] if projection else None,
+                residual=residual,
+                identity=identity,
+            )
+            if z is not None:
+                return z
+    return f.residual_block(x, layers, projection=projection, residual=residual, identity=identity)
+
+
+def run_unfused(module: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
+    """A chain as its own modules would run it, one after the other."""
+    for layer in plan.layers:
+        for path in (layer.conv, layer.bn, layer.act):
+            if isinstance(path, str) and (m := find(module, path)) is not None:
+                x = m(x)
+    return x
