@@ -458,7 +458,7 @@ def fold(layer: ConvBn, x: Tensor) -> Folded:
     wide = w.to(scale.dtype) * scale.view(-1, 1, 1, 1)
     gain = wide.abs().sum(dim=(1, 2, 3)).amax().item() if w.numel() else 0.0
     packed = prepare("conv_affine_act", wide.to(x.dtype), x, *layer.geometry)
-    return Folded(packed, shift, layer.geometry, layer.relu, gain, shift.abs().amax().item())
+    return Folded(packed, shift, layer.geometry, layer.relu, _bounded(gain), _bounded(shift.abs().amax().item()))
 
 
 class FoldCache:
@@ -508,8 +508,12 @@ def _magnitude(x: Tensor) -> float:
 
 def _measure(x: Tensor) -> float:
     low, high = torch.aminmax(x.detach())
-    largest = max(-low.item(), high.item())
-    return largest if largest == largest else math.inf
+    return _bounded(max(-low.item(), high.item()))
+
+
+def _bounded(value: float) -> float:
+    """``value``, or, for NaN and infinities, a number that no bound survives, and that 0 cannot turn into NaN."""
+    return value if math.isfinite(value) else 1e300
 
 
 def folded_block(

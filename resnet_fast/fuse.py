@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from . import adapters, dispatch
@@ -46,6 +48,9 @@ def _parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan, ...]:
 
 def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """The replaced method of every fused module: the plan's forward, or the original's where a guard fails."""
+    if torch.compiler.is_compiling():  # the compiler fuses in its own way, and wants the original to read
+        method = _method(self.__dict__[_KEY].plan)
+        return getattr(type(self)._resnet_fast_original, method)(self, x, *args, **kwargs)
     state: _State = self.__dict__[_KEY]
     plan = state.plan
     refusal = None
@@ -85,6 +90,9 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
     if len(value) > 2 and isinstance(value[2], dict):
         state = {k: v for k, v in value[2].items() if k != _KEY}
         value = (*value[:2], state, *value[3:])
+    if value[0] is copyreg.__newobj__ and len(value[1]) == 1:  # type: ignore[attr-defined]
+        # The pickler insists that __newobj__ makes an instance of the object's own class; protocol 0's maker does not.
+        value = (copyreg._reconstructor, (value[1][0], object, None), *value[2:])  # type: ignore[attr-defined]
     return value
 
 

@@ -58,7 +58,7 @@ def outcomes(output: str) -> dict[str, str]:
     return dict(re.findall(r"::(\w+) (PASSED|SKIPPED|FAILED|ERROR)", output))
 
 
-@pytest.mark.parametrize("paths", [[], ["."], ["tests", "benchmarks"]], ids=" ".join)
+@pytest.mark.parametrize("paths", [[], ["."]], ids=" ".join)
 def test_plain_pytest_leaves_out_benchmarks(project: Path, paths: list[str]) -> None:
     assert set(outcomes(run_pytest(project, *paths))) == {"test_plain", "test_on_gpu"}
 
@@ -79,7 +79,6 @@ def test_gpu_marker(project: Path) -> None:
     ("args", "names"),
     [
         ([], {"bench_short", "test_long"}),
-        (["."], {"bench_short", "test_long"}),
         (["benchmarks/bench_some.py"], {"bench_short", "test_long"}),
         (["-k", "short"], {"bench_short"}),
     ],

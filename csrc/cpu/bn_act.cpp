@@ -3,20 +3,20 @@
 // setup.py compiles this file once per instruction set, each into a namespace of its own; isa.cpp
 // picks one. Arithmetic is fp32 whatever the storage. Tiles follow from the shape alone and are
 // merged in order, so results do not depend on the number of threads.
+#include <type_traits>
+
 #include "isa.h"
 #include "vec.h"
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
 namespace {
 
-// 32k elements of fp32 are 128 KB: a tile read once from memory stays in L2 for a second pass.
-constexpr int64_t TILE = 32768;
-constexpr int64_t MAX_BLOCK_K = 512;
-// A sum down a tile's rows is fp32, and its rounding error grows with them: 128 is 2 eps or so.
-constexpr int64_t MAX_BLOCK_NPQ = 128;
+// A tile is at most 32 KB of fp32: read once from memory, it stays in L1 for a second pass. A sum
+// down its rows is fp32, and its rounding error grows with them: over 128 it is 2 eps or so.
+constexpr int64_t BLOCK_NPQ = 128;
+constexpr int64_t BLOCK_K = 64;
 // Waking the other threads costs more than this many elements.
 constexpr int64_t SERIAL = 32768;
-constexpr int64_t MERGE_K = 64;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -29,21 +29,17 @@ struct Tile {
 
 /// An (npq, k) matrix cut into tiles.
 struct Tiles {
-  int64_t npq, k, block_npq, block_k;
+  int64_t npq, k;
 
-  Tiles(int64_t npq, int64_t k) : npq(npq), k(k), block_k(smaller(k, MAX_BLOCK_K)) {
-    block_npq = smaller(TILE / block_k, MAX_BLOCK_NPQ);
-  }
-
-  int64_t row_blocks() const { return cdiv(npq, block_npq); }
-  int64_t channel_blocks() const { return cdiv(k, block_k); }
-  int64_t rows(int64_t index) const { return smaller(block_npq, npq - index * block_npq); }
+  int64_t row_blocks() const { return cdiv(npq, BLOCK_NPQ); }
+  int64_t channel_blocks() const { return cdiv(k, BLOCK_K); }
+  int64_t rows(int64_t index) const { return smaller(BLOCK_NPQ, npq - index * BLOCK_NPQ); }
 
   Tile operator[](int64_t i) const {
     const int64_t index = i / channel_blocks();
-    const int64_t row = index * block_npq;
-    const int64_t channel = i % channel_blocks() * block_k;
-    return {index, row, row + rows(index), channel, smaller(channel + block_k, k)};
+    const int64_t row = index * BLOCK_NPQ;
+    const int64_t channel = i % channel_blocks() * BLOCK_K;
+    return {index, row, row + rows(index), channel, smaller(channel + BLOCK_K, k)};
   }
 };
 
@@ -101,17 +97,17 @@ void sum_tile(const Tile& tile, int64_t k, const Add& add, float* const (&out)[S
   }
 }
 
-/// Calls body(first, last) on blocks of at most MERGE_K channels.
+/// Calls body(first, last) on blocks of at most BLOCK_K channels.
 template <class Body>
 void for_each_channel_block(const Tiles& tiles, Body body) {
-  const int64_t count = cdiv(tiles.k, MERGE_K);
+  const int64_t count = cdiv(tiles.k, BLOCK_K);
 #pragma omp parallel for schedule(static) if (tiles.row_blocks() * tiles.k > SERIAL)
-  for (int64_t i = 0; i < count; ++i) body(i * MERGE_K, smaller((i + 1) * MERGE_K, tiles.k));
+  for (int64_t i = 0; i < count; ++i) body(i * BLOCK_K, smaller((i + 1) * BLOCK_K, tiles.k));
 }
 
 /// total[c - first] = sum of term(tile index, c) over the row blocks in order, in double.
 template <class Term>
-void merge(const Tiles& tiles, int64_t first, int64_t last, double (&total)[MERGE_K], Term term) {
+void merge(const Tiles& tiles, int64_t first, int64_t last, double (&total)[BLOCK_K], Term term) {
   for (double& t : total) t = 0;
   for (int64_t index = 0; index < tiles.row_blocks(); ++index) {
 #pragma omp simd
@@ -124,7 +120,7 @@ template <int SUMS>
 void merge_sums(const Tiles& tiles, const float* workspace, float* const (&out)[SUMS]) {
   const int64_t plane = tiles.row_blocks() * tiles.k;
   for_each_channel_block(tiles, [&](int64_t first, int64_t last) {
-    double total[MERGE_K];
+    double total[BLOCK_K];
     for (int s = 0; s < SUMS; ++s) {
       const float* partial = workspace + s * plane;
       merge(tiles, first, last, total,
@@ -137,7 +133,7 @@ void merge_sums(const Tiles& tiles, const float* workspace, float* const (&out)[
 /// Reduces SUMS sums over the whole matrix: tiles into the workspace, then the tiles in order.
 template <int SUMS, class Add>
 void reduce(int64_t npq, int64_t k, float* workspace, const Add& add, float* const (&out)[SUMS]) {
-  const Tiles tiles(npq, k);
+  const Tiles tiles{npq, k};
   const int64_t plane = tiles.row_blocks() * k;
   for_each_tile(tiles, [&](const Tile& tile) {
     float* partial[SUMS];
@@ -147,19 +143,19 @@ void reduce(int64_t npq, int64_t k, float* workspace, const Add& add, float* con
   merge_sums(tiles, workspace, out);
 }
 
-int64_t bn_workspace(int64_t npq, int64_t k) { return 3 * Tiles(npq, k).row_blocks() * k; }
+int64_t bn_workspace(int64_t npq, int64_t k) { return 3 * Tiles{npq, k}.row_blocks() * k; }
 
 // mean = sum(y) / NPQ;  var = sum((y - mean)^2) / NPQ
 // Shapes    y (NPQ, K) channels-last; mean, var (K,) fp32; workspace (2, row blocks, K) fp32
-// Tiles     BLOCK_NPQ <= 128 by BLOCK_K <= 512, at most 32k elements; a thread takes a run of them
-// Traffic   reads y once from memory, NPQ * K * itemsize, and once from L2
+// Tiles     BLOCK_NPQ x BLOCK_K; a thread takes a run of them, channel blocks first
+// Traffic   reads y once from memory, NPQ * K * itemsize, and once from L1
 // Numerics  per tile the mean and M2 about it, in fp32; tiles merged in double, in order
 //           (Chan, Golub, LeVeque 1979): exact to rounding at |mean| / std = 1000 and beyond
 // Source    ops.bn_stats; docs/bn_act.md
 template <class T>
 void bn_stats_kernel(const BnStats& args) {
   const T* y = static_cast<const T*>(args.y);
-  const Tiles tiles(args.npq, args.k);
+  const Tiles tiles{args.npq, args.k};
   const int64_t k = args.k;
   float* means = args.workspace;
   float* m2s = means + tiles.row_blocks() * k;
@@ -168,6 +164,7 @@ void bn_stats_kernel(const BnStats& args) {
     float* mean = means + tile.index * k;
     float* m2 = m2s + tile.index * k;
     const float n = static_cast<float>(tile.row_end - tile.row);
+    const int64_t next_tile = tile.channel_end < k ? BLOCK_K : BLOCK_NPQ * k - tile.channel;
 
     sum_tile<1>(tile, k,
                 [=](int64_t offset, int64_t, auto lanes, Vec(&sum)[1]) {
@@ -176,17 +173,34 @@ void bn_stats_kernel(const BnStats& args) {
                 {mean});
     for (int64_t c = tile.channel; c < tile.channel_end; ++c) mean[c] /= n;
 
-    sum_tile<1>(tile, k,
-                [=](int64_t offset, int64_t channel, auto lanes, Vec(&sum)[1]) {
-                  const Vec d = load(y + offset, lanes) - load(mean + channel, lanes);
-                  sum[0] = fma(d, d, sum[0]);
-                },
-                {m2});
+    // Sums of 128 halves are exact or nearly so. Sums of floats are not: the residue corrects them.
+    constexpr int SUMS = std::is_same_v<T, float> ? 2 : 1;
+    const auto add_centred = [=](int64_t offset, int64_t channel, auto lanes, Vec(&sums)[SUMS]) {
+      const Vec d = load(y + offset, lanes) - load(mean + channel, lanes);
+      sums[0] = fma(d, d, sums[0]);
+      if constexpr (SUMS == 2) sums[1] += d;
+      // Memory works on the next tile while this second pass computes.
+      __builtin_prefetch(y + offset + next_tile);
+    };
+    if constexpr (SUMS == 2) {
+      float residue[BLOCK_K];
+      sum_tile<2>(tile, k, add_centred, {m2, residue - tile.channel});
+      for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
+        const float r = residue[c - tile.channel] / n;
+        // Near 0 the mean has no error to speak of, the residue has; and NaN fails the test.
+        if (m2[c] < n * mean[c] * mean[c]) {
+          mean[c] += r;
+          m2[c] -= n * r * r;
+        }
+      }
+    } else {
+      sum_tile<1>(tile, k, add_centred, {m2});
+    }
   });
 
   for_each_channel_block(tiles, [&](int64_t first, int64_t last) {
     const double npq = static_cast<double>(args.npq > 0 ? args.npq : 1);
-    double mean[MERGE_K], m2[MERGE_K];
+    double mean[BLOCK_K], m2[BLOCK_K];
     merge(tiles, first, last, mean, [&](int64_t index, int64_t c) {
       return static_cast<double>(tiles.rows(index)) * means[index * k + c];
     });

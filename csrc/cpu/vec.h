@@ -68,11 +68,16 @@ RESNET_FAST_INLINE void store_bits(T* p, V value) {
   __builtin_memcpy(p, &value, sizeof value);
 }
 
+#if defined(__AVX512F__)
+// All lanes, said aloud: GCC 12 warns, inside its own header, about the forms without a mask.
+constexpr __mmask16 ALL_LANES = 0xffff;
+#endif
+
 // GCC 12 makes four instructions of these conversions where the intrinsic is one.
 
 RESNET_FAST_INLINE VecBits widen_bits(VecHalf half) {
 #if defined(__AVX512F__)
-  return (VecBits)_mm512_cvtepu16_epi32((__m256i)half);
+  return (VecBits)_mm512_maskz_cvtepu16_epi32(ALL_LANES, (__m256i)half);
 #elif defined(__AVX2__)
   return (VecBits)_mm256_cvtepu16_epi32((__m128i)half);
 #else
@@ -82,7 +87,7 @@ RESNET_FAST_INLINE VecBits widen_bits(VecHalf half) {
 
 RESNET_FAST_INLINE VecHalf narrow_bits(VecBits bits) {
 #if defined(__AVX512F__)
-  return (VecHalf)_mm512_cvtepi32_epi16((__m512i)bits);
+  return (VecHalf)_mm512_maskz_cvtepi32_epi16(ALL_LANES, (__m512i)bits);
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);  // per 128-bit half
   return (VecHalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
@@ -98,11 +103,6 @@ RESNET_FAST_INLINE VecHalf narrow(Vec value, bfloat16) {
   const VecBits rounded = bits + 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
   return narrow_bits((value != value ? bits | 0x400000 : rounded) >> 16);
 }
-
-#if defined(__AVX512F__)
-constexpr __mmask16 ALL_LANES =
-    0xffff;  // GCC 12 warns, in its own header, about the maskless forms
-#endif
 
 RESNET_FAST_INLINE Vec widen(VecHalf half, float16) {
 #if defined(__AVX512F__)

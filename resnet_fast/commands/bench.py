@@ -1,0 +1,280 @@
+"""``resnet-fast bench``: is the fused network right, and how fast is it? In this order."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import resnet_fast
+
+from . import CommandError, did_you_mean, equality, images, machine, plots, sources, tables, timing
+from .progress import Progress
+
+__all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "run"]
+
+DESCRIPTION = """\
+Run a network on photographs, fused and as torch runs it: first what is fused, then whether the numbers are equal
+(error against float64 beside torch's own), and only then speed and memory, all contenders in turns in one run.
+Networks by name get random weights, with batch norms calibrated on the photographs; nothing is downloaded."""
+
+EXAMPLES = """\
+examples:
+  resnet-fast bench
+  resnet-fast bench --model torchvision:resnet18 --batch 1,8,32 --dtype float32 --against channels_last
+  resnet-fast bench --model transformers:resnet-50 --mode training --batch 16
+  resnet-fast bench --model mypkg.nets:make --images photos/ --json result.json --plot result.png
+
+networks:  a name of resnet_fast.models; torchvision:NAME; timm:NAME; transformers:resnet-18 ... resnet-152, or
+           transformers:FOLDER (a saved model); smp:NAME[/ENCODER]; module:callable, which returns a torch.nn.Module
+exit:      0 equal; 1 not equal; 2 wrong usage; 130 interrupted"""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHECKED = 2  # images in the equality test: float64 is slow
+_CALIBRATION = (4, 8)  # batches, images a batch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``bench``."""
+    add = parser.add_argument
+    add("--model", default="resnet50", help="which network, see below (default: %(default)s)")
+    add("--mode", default="inference", help="inference or training: forward, loss, backward (default: %(default)s)")
+    add("--batch", help="images a batch, a comma list (default: 1,16 on a CPU; 1,128 on a GPU; training: the larger)")
+    add("--dtype", help="float32, bfloat16, float16, a comma list (default: float32, and bfloat16 where it is native)")
+    add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s, a GPU where there is one)")
+    add(
+        "--against",
+        default=",".join(timing.AGAINST),
+        help="comma list of eager (torch, NCHW), channels_last, compile (default: all; the baseline is channels_last)",
+    )
+    add("--images", metavar="DIR", help="a folder of jpg and png files (default: scikit-learn's photographs)")
+    add("--size", type=int, help="height and width of the images (default: 224; 32 for cifar networks)")
+    add("--threads", type=int, help="torch's CPU threads (default: left as they are)")
+    add("--rounds", type=int, help="rounds of each setting (default: what fits in --seconds, 5 to 100)")
+    add("--seconds", type=float, default=15.0, help="time for the rounds of each setting (default: %(default)g)")
+    add("--seed", type=int, default=0, help="of weights, crops and labels (default: %(default)s)")
+    add("--json", metavar="FILE", help="write everything, with its provenance, to FILE")
+    add("--plot", metavar="FILE", help="draw the speeds into FILE (png, svg, pdf); needs matplotlib")
+    add("--verbose", action="store_true", help="every row of what is fused")
+
+
+def _choice(option: str, value: str, known: Any) -> str:
+    if value not in known:
+        raise CommandError(f"{option} {value}: supported are {', '.join(known)}.{did_you_mean(value, known)}")
+    return value
+
+
+def _words(option: str, text: str, known: Any) -> list[str]:
+    words = list(dict.fromkeys(w.strip() for w in text.split(",") if w.strip()))
+    if not words:
+        raise CommandError(f"{option}: empty, supported are {', '.join(known)}")
+    return [_choice(option, w, known) for w in words]
+
+
+def _batches(text: str) -> list[int]:
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise CommandError(f"--batch {text}: supported are positive numbers, separated by commas")
+    return list(dict.fromkeys(found))
+
+
+def _device(name: str) -> torch.device:
+    _choice("--device", name, ("auto", "cpu", "cuda"))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        built = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
+        raise CommandError(f"--device cuda: {built}. Remedy: --device cpu, or see `resnet-fast info`")
+    return torch.device(name)
+
+
+def _default_dtypes(device: torch.device) -> str:
+    if device.type == "cpu":
+        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "float32,bfloat16" if native else "float32"
+
+
+def _file(option: str, name: str | None) -> Path | None:
+    """Where to write: its folder must be there before the work starts."""
+    if name is None:
+        return None
+    path = Path(name)
+    if not path.absolute().parent.is_dir():
+        raise CommandError(f"{option} {name}: no such folder {path.parent}")
+    if path.is_dir():
+        raise CommandError(f"{option} {name}: is a folder")
+    return path
+
+
+class _Options:
+    """The command line, checked; raises CommandError."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.mode = _choice("--mode", args.mode, ("inference", "training"))
+        self.device = _device(args.device)
+        small, large = (1, 16) if self.device.type == "cpu" else (1, 128)
+        default = f"{small},{large}" if self.mode == "inference" else str(large)
+        self.batches = _batches(args.batch if args.batch is not None else default)
+        dtypes = args.dtype if args.dtype is not None else _default_dtypes(self.device)
+        self.dtypes = [_DTYPES[word] for word in _words("--dtype", dtypes, _DTYPES)]
+        named = _words("--against", args.against, timing.AGAINST)
+        self.against = [name for name in timing.AGAINST if name in named]
+        self.baseline = "channels_last" if "channels_last" in named else self.against[0]
+        for option in ("size", "threads", "rounds", "seconds"):
+            value = getattr(args, option)
+            if value is not None and not value > 0:
+                raise CommandError(f"--{option} {value}: supported are positive numbers")
+        self.size = args.size or (32 if args.model.startswith("cifar") else 224)
+        self.rounds, self.seconds, self.seed = args.rounds, args.seconds, args.seed
+        self.json, self.plot = _file("--json", args.json), _file("--plot", args.plot)
+        if self.plot is not None:
+            plt = plots.require()
+            known = plt.Figure().canvas.get_supported_filetypes()
+            suffix = self.plot.suffix.removeprefix(".").lower()
+            if suffix not in known:
+                raise CommandError(f"--plot {args.plot}: its ending must be one of {', '.join(sorted(known))}")
+
+
+def _prepare(args: argparse.Namespace, options: _Options, progress: Progress) -> tuple[sources.Source, Tensor, Any]:
+    """The network, calibrated if its weights are random; photographs (largest batch, 3, size, size); their source."""
+    with progress("reading photographs"):
+        pictures = images.load(args.images, progress.warn)
+        x = images.crops(pictures, max(*options.batches, _CHECKED), options.size, options.seed)
+    with progress(f"building {args.model}"):
+        source = sources.build(args.model, options.seed)
+    if not source.own_weights:
+        count, size = _CALIBRATION
+        with progress(f"calibrating batch norms on {count * size} crops"):
+            many = images.crops(pictures, count * size, options.size, options.seed + 1)
+            try:
+                device = options.device
+                sources.calibrate(source.model.to(device), list(many.to(device).split(size)), options.seed)
+            except (RuntimeError, ValueError) as error:
+                line = str(error).splitlines()[0]
+                raise CommandError(f"{args.model} does not run at --size {options.size}: {line}") from error
+    return source, x, pictures
+
+
+def _explain(source: sources.Source, x: Tensor, options: _Options) -> resnet_fast.fuse.Explanation:
+    """What is fused, asked after a forward: a block that fell back then says so."""
+    model = resnet_fast.fuse(copy.deepcopy(source.model).to(options.device).to(memory_format=torch.channels_last))
+    with torch.no_grad():
+        x = x[:_CHECKED].to(options.device)
+        try:
+            model(x.contiguous(memory_format=torch.channels_last))
+        except (RuntimeError, ValueError, TypeError) as error:
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            raise CommandError(f"{source.name} does not run at --size {options.size}: {line}") from error
+    return resnet_fast.explain(model)
+
+
+def _checks(source: sources.Source, x: Tensor, options: _Options, progress: Progress) -> list[equality.Check]:
+    found: list[equality.Check] = []
+    x = x[:_CHECKED]
+    for dtype in options.dtypes:
+        name = str(dtype).removeprefix("torch.")
+        with progress(f"checking equality in {name}, eval mode, against float64"):
+            found += equality.eval_checks(source.model, x, options.device, dtype)
+        if options.mode == "training":
+            with progress(f"checking equality in {name}, train mode with gradients, against float64"):
+                found += equality.train_checks(source.model, x, options.device, dtype)
+    return found
+
+
+def _speed(source: sources.Source, x: Tensor, options: _Options, progress: Progress) -> list[dict[str, Any]]:
+    found = []
+    for dtype in options.dtypes:
+        for batch in options.batches:
+            setting = timing.Setting(options.mode, batch, options.size, dtype, options.device)
+            entries = timing.contenders(source.model, x[:batch], setting, options.against)
+            results = timing.measure(
+                entries,
+                setting,
+                progress,
+                rounds=options.rounds,
+                seconds=options.seconds,
+                baseline=options.baseline,
+            )
+            title = f"speed: {options.mode}, {setting.dtype_name}, batch {batch}, {options.size} x {options.size}"
+            print(f"\n{tables.speed(title, results, options.baseline)}", flush=True)
+            found.append(
+                {
+                    "mode": options.mode,
+                    "dtype": setting.dtype_name,
+                    "batch": batch,
+                    "size": options.size,
+                    "device": options.device.type,
+                    "baseline": options.baseline,
+                    "contenders": [r._asdict() for r in results],
+                }
+            )
+    return found
+
+
+def _notes(options: _Options) -> str:
+    step = "a call is a forward in inference mode"
+    if options.mode == "training":
+        step = "a call is forward, loss, backward, without an optimizer; low dtypes: autocast, float32 parameters"
+    where = "the CUDA allocator's" if options.device.type == "cuda" else "torch's CPU allocations, by its profiler"
+    freezing = ", freezing on" if options.mode == "inference" and options.device.type == "cpu" else ""
+    compile_ = f"; compile: torch.compile{freezing}, channels_last; its first call compiles" if (
+        "compile" in options.against
+    ) else ""  # fmt: skip
+    return f"{step}; x: median over rounds of the ratio within a round; peak: {where}, above the weights{compile_}"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0, or 1 where the fused network is not equal to torch's (then nothing is timed)."""
+    options = _Options(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    progress = Progress()
+    source, x, pictures = _prepare(args, options, progress)
+    record = machine.provenance(args.argv)
+    count = sum(p.numel() for p in source.model.parameters())
+    weights = "its own weights" if source.own_weights else "random weights, calibrated"
+    print(tables.header(record))
+    print(f"model    {source.name}, {count / 1e6:.1f} M parameters, {weights}; {options.mode} on {options.device.type}")
+    skipped = f" ({pictures.skipped} unreadable files skipped)" if pictures.skipped else ""
+    print(f"images   {len(x)} crops of {options.size} x {options.size} from {pictures.source}{skipped}", flush=True)
+
+    rows = _explain(source, x, options)
+    print(f"\n{tables.explanation(rows, args.verbose)}", flush=True)
+    checks = _checks(source, x, options, progress)
+    passed = all(check.ok for check in checks)
+    print(f"\n{tables.equality(checks)}", flush=True)
+    result: dict[str, Any] = {
+        "schema": 1,
+        **record,
+        "model": {"name": source.name, "parameters": count, "own_weights": source.own_weights, "seed": options.seed},
+        "images": {"source": pictures.source, "crops": len(x), "size": options.size, "skipped": pictures.skipped},
+        "explain": [row._asdict() for row in rows],
+        "equality": [check._asdict() for check in checks],
+        "passed": passed,
+        "speed": [],
+    }
+    if passed:
+        result["speed"] = _speed(source, x, options, progress)
+        print(f"\n{_notes(options)}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if not passed:
+        wrong = "; ".join(f"{c.mode} {c.dtype} {c.what} ({c.tensor})" for c in checks if not c.ok)
+        print(f"resnet-fast: NOT EQUAL to torch: {wrong}. Nothing was timed.", file=sys.stderr)
+        return 1
+    if options.plot is not None:
+        where = record["gpus"][0]["name"] if options.device.type == "cuda" else record["cpu"]
+        title = f"{source.name}, {options.mode}, {where}"
+        plots.bars(title, result["speed"], options.plot)
+    return 0

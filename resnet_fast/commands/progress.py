@@ -1,0 +1,54 @@
+"""Progress on stderr: one line that is written over on a terminal, a line per step elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """``with progress("compiling"): ...`` says so, and while it lasts, for how long it has lasted."""
+
+    def __init__(self) -> None:
+        self._tty = sys.stderr.isatty()
+        self._begin = time.monotonic()
+        self._every = 1.0 if self._tty else 5.0
+
+    def _write(self, text: str, *, last: bool = False) -> None:
+        if self._tty:
+            sys.stderr.write(f"\r\x1b[K{'' if last else text[:110]}")
+        elif not last:
+            sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+    @contextlib.contextmanager
+    def __call__(self, text: str) -> Iterator[None]:
+        """Show ``text`` now, and every few seconds again with the time that it has taken."""
+        done = threading.Event()
+        begin = time.monotonic()
+        stamp = f"[{begin - self._begin:4.0f} s] "
+
+        def beat() -> None:
+            while not done.wait(self._every):
+                self._write(f"{stamp}{text}: {time.monotonic() - begin:.0f} s")
+
+        self._write(stamp + text)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._write("", last=True)
+
+    def warn(self, text: str) -> None:
+        """A line that stays."""
+        if self._tty:
+            sys.stderr.write("\r\x1b[K")
+        print(f"warning: {text}", file=sys.stderr, flush=True)

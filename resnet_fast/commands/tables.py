@@ -1,0 +1,99 @@
+"""What ``bench`` and ``info`` print: plain text, columns aligned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from resnet_fast.fuse import Explanation
+
+from .equality import Check
+from .timing import Result
+
+__all__ = ["equality", "explanation", "header", "speed", "table"]
+
+
+def table(rows: Sequence[Sequence[str]], right: Iterable[int] = (), indent: str = "  ") -> str:
+    """Rows of cells as lines; the first row is the head. ``right``: columns that are aligned to the right."""
+    numbers = set(right)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        indent
+        + "  ".join(
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def header(record: dict[str, Any]) -> str:
+    """Machine, versions and build, of ``machine.provenance``."""
+    v = record["versions"]
+    build = record["build"]
+    lines = []
+    for gpu in record["gpus"]:
+        lines.append(f"gpu      {gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, driver {v['driver']}, CUDA {v['cuda']}")
+    lines.append(f"cpu      {record['cpu']}, {record['cores']} cores, {record['threads']} threads")
+    lines.append(
+        f"torch    {v['torch']}, triton {v['triton'] or 'none'}, oneDNN {v['onednn'] or 'none'}, "
+        f"cuDNN {v['cudnn'] or 'none'}, python {v['python']}"
+    )
+    if "missing" in build:
+        kernels = f"no kernels of its own: {build['missing']}. Remedy: {build['remedy']}"
+    else:
+        cuda = f"CUDA {' '.join(build['cuda_archs'])}" if build["cuda"] else f"no CUDA kernels ({build['reason']})"
+        kernels = f"CPU kernels for {record['isa']}; {cuda}"
+    commit = f", commit {record['commit']}" if record["commit"] else ""
+    lines.append(f"ours     resnet_fast {v['resnet_fast']}{commit}; {kernels}")
+    return "\n".join(lines)
+
+
+def explanation(rows: Explanation, verbose: bool) -> str:
+    """What is fused: every row, or counts by kind and all the rows that are not wholly fused."""
+    counts = Counter(row.status for row in rows)
+    title = f"fused: {counts['fused']} blocks, {counts['partly']} partly, {counts['not']} not"
+    if verbose:
+        lines = [["name", "kind", "status", "reason"]]
+        lines += [[row.name or "(root)", row.kind, row.status, row.reason] for row in rows]
+        return f"{title}\n{table(lines)}"
+    kinds = Counter((row.kind, row.status) for row in rows)
+    lines = [["kind", "fused", "partly", "not"]]
+    for kind in dict.fromkeys(row.kind for row in rows):
+        lines.append([kind, *(str(kinds[kind, status] or "") for status in ("fused", "partly", "not"))])
+    text = f"{title}\n{table(lines, right=(1, 2, 3))}"
+    rest = [[row.name or "(root)", row.kind, row.status, row.reason] for row in rows if row.status != "fused"]
+    return text + (f"\n{table([['name', 'kind', 'status', 'reason'], *rest])}" if rest else "")
+
+
+def equality(checks: Sequence[Check]) -> str:
+    """Errors against float64: ours, torch's in the same dtype, and the bound."""
+    lines = [["mode", "dtype", "what", "error", "torch's own", "bound", "max|ref|", "", "nearest to its bound"]]
+    for c in checks:
+        numbers = [f"{value:.2e}" for value in (c.ours, c.torch, c.bound, c.largest)]
+        which = c.tensor if c.count == 1 else f"{c.tensor} (of {c.count})"
+        lines.append([c.mode, c.dtype, c.what, *numbers, "ok" if c.ok else "WRONG", which])
+    title = "equality: max|ours - float64| <= 2 max|torch in the same dtype - float64| + 4 eps max|float64|"
+    return f"{title}\n{table(lines, right=(3, 4, 5, 6))}"
+
+
+def _bytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.0f} MiB"
+
+
+def speed(title: str, results: Sequence[Result], baseline: str) -> str:
+    """One setting's contenders: images per second, ms a call, ratio to the baseline, peak memory."""
+    lines = [["", "img/s", f"x {baseline}", "ms p50", "p20", "p80", "peak", "first call"]]
+    notes = []
+    for r in results:
+        if r.failed is not None or r.ms is None or r.images_per_second is None or r.ratio is None:
+            lines.append([r.name, *[""] * 7])
+            notes.append(f"  {r.name} cannot run: {r.failed}")
+            continue
+        p20, p50, p80 = (f"{t:.1f}" if t >= 10 else f"{t:.2f}" for t in r.ms)
+        first = f"{r.first:.1f} s" if r.first is not None and r.name == "compile" else ""
+        lines.append([r.name, f"{r.images_per_second:.1f}", f"{r.ratio:.2f}", p50, p20, p80, _bytes(r.peak), first])
+    done = next((r for r in results if r.rounds), None)
+    rounds = f" ({done.rounds} rounds)" if done else ""
+    return "\n".join([title + rounds, table(lines, right=range(1, 8)), *notes])

@@ -1,0 +1,291 @@
+"""Contenders and how they are timed: in turns within one run, each a median over rounds.
+
+The CUDA part (events around each turn, one synchronisation a turn) is not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import resnet_fast
+
+from .equality import LOSS_SCALE, autocast, loss
+from .progress import Progress
+
+__all__ = ["AGAINST", "Contender", "Result", "Setting", "contenders", "measure", "memory", "quantile"]
+
+#: What ours can be timed against, in the order of the table.
+AGAINST = ("eager", "channels_last", "compile")
+
+#: A turn lasts at least this long (s): short calls are repeated, so that a clock's and a cold cache's part is small.
+_TURN = 0.1
+_FEWEST, _MOST = 5, 100  # rounds, where the time does not decide
+
+
+class Setting(NamedTuple):
+    """What is timed: ``mode`` "inference" or "training", batch of (3, size, size) images, dtype, device."""
+
+    mode: str
+    batch: int
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+class Contender(NamedTuple):
+    """``call()`` runs one forward, or one training step without the optimizer's part (the same for all)."""
+
+    name: str
+    call: Callable[[], Any]
+
+
+class Result(NamedTuple):
+    """One contender in one setting.
+
+    ``ms``: p20, p50, p80 of one call, over ``rounds`` turns of ``calls`` calls. ``ratio``: the median over rounds of
+    the baseline's time by this one's in the same round. ``peak``: bytes (see :func:`memory`). ``first``: seconds of the
+    first call, compilation in it. ``failed``: why there are no numbers.
+    """
+
+    name: str
+    ms: tuple[float, float, float] | None = None
+    images_per_second: float | None = None
+    ratio: float | None = None
+    peak: int | None = None
+    first: float | None = None
+    rounds: int = 0
+    calls: int = 0
+    failed: str | None = None
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The ``q``-quantile, 0..1, interpolated linearly."""
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _step(model: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, setting: Setting) -> Callable[[], Any]:
+    """Forward, loss, backward; gradients are dropped, as by ``optimizer.zero_grad()``."""
+    parameters = list(model.parameters())
+    scale = LOSS_SCALE.get(setting.dtype, 1.0)
+
+    def call() -> Tensor:
+        for p in parameters:
+            p.grad = None
+        with autocast(setting.device, setting.dtype):
+            output = forward(x)
+        value = loss(output) * scale
+        value.backward()
+        return value.detach()
+
+    return call
+
+
+def contenders(model: nn.Module, x: Tensor, setting: Setting, against: Sequence[str]) -> list[Contender]:
+    """Ours and every name of ``against``, each on a copy of ``model``; ``x`` (batch, 3, size, size) float32.
+
+    "eager" is torch in its default layout (NCHW), "channels_last" torch in that layout, "compile" torch.compile of the
+    latter, with freezing in CPU inference. In inference weights and images are in the dtype; training in a low dtype
+    is autocast over float32 parameters.
+    """
+    training = setting.mode == "training"
+    held = torch.float32 if training else setting.dtype
+    base = copy.deepcopy(model).to(device=setting.device, dtype=held).train(training)
+    x = x.to(device=setting.device, dtype=held)
+    found = []
+    for name in (*against, "resnet_fast"):
+        layout = torch.contiguous_format if name == "eager" else torch.channels_last
+        own = copy.deepcopy(base).to(memory_format=layout)
+        inputs = x.contiguous(memory_format=layout)
+        forward: Callable[[Tensor], Any] = own
+        if name == "compile":
+            forward = torch.compile(own, dynamic=False)
+        elif name == "resnet_fast":
+            forward = resnet_fast.fuse(own)
+        if training:
+            found.append(Contender(name, _step(own, forward, inputs, setting)))
+        else:
+            found.append(Contender(name, _bind(forward, inputs)))
+    return found
+
+
+def _bind(forward: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
+    return lambda: forward(x)
+
+
+@contextlib.contextmanager
+def _running(setting: Setting, compiling: bool) -> Iterator[None]:
+    """Inference mode, and inductor's freezing, which folds batch norm and packs weights, where they apply.
+
+    Freezing goes through the global switch: ``torch.compile(options={"freezing": True})`` comes too late for dynamo,
+    which must hand the parameters over as constants, and freezes nothing (torch 2.13).
+    """
+    with contextlib.ExitStack() as stack:
+        if setting.mode == "inference":
+            stack.enter_context(torch.inference_mode())
+            if compiling and setting.device.type == "cpu":
+                inductor = importlib.import_module("torch._inductor.config")
+                stack.enter_context(inductor.patch(freezing=True))
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that torch's profiler writes to the process's stderr."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def memory(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that one call holds at its peak, above what was held before it: activations, not weights.
+
+    On a GPU of the caching allocator's own count. On a CPU the highest running sum of the allocations and frees that
+    torch's profiler records; a library's scratch memory, which does not come from torch's allocator, is not in it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        output = call()
+    del output
+    results = getattr(profile.profiler, "kineto_results", None)
+    if results is None:
+        return None
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _turn(call: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Seconds per call of ``calls`` calls in a row."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def _why(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def measure(
+    entries: Sequence[Contender],
+    setting: Setting,
+    progress: Progress,
+    *,
+    rounds: int | None,
+    seconds: float,
+    baseline: str,
+) -> list[Result]:
+    """Warm up, then time all contenders in turns: one turn each per round, the first one another every round.
+
+    ``rounds`` None: as many as fit in ``seconds``, 5 to 100. A contender that cannot run (no compiler, say) is reported
+    as failed; ours and the baseline may not fail.
+    """
+    words = f"{setting.mode} {setting.dtype_name} batch {setting.batch}"
+    failed: dict[str, str] = {}
+    first: dict[str, float] = {}
+    calls: dict[str, int] = {}
+    peak: dict[str, int | None] = {}
+    once: dict[str, float] = {}
+    device = setting.device
+    torch._dynamo.reset()
+    with _running(setting, any(c.name == "compile" for c in entries)):
+        for c in entries:
+            with progress(f"{words}: {'compiling' if c.name == 'compile' else 'warming up'} ({c.name})"):
+                try:
+                    begin = time.perf_counter()
+                    c.call()
+                    _sync(device)
+                    first[c.name] = time.perf_counter() - begin
+                    peak[c.name] = memory(c.call, device)
+                    once[c.name] = min(_turn(c.call, 1, device) for _ in range(1 if first[c.name] > 1 else 2))
+                    calls[c.name] = max(1, round(_TURN / max(once[c.name], 1e-6)))
+                except Exception as error:
+                    if c.name in (baseline, "resnet_fast"):
+                        raise
+                    failed[c.name] = _why(error)
+                    progress.warn(f"{c.name} cannot run: {failed[c.name]}")
+        able = [c for c in entries if c.name not in failed]
+        if rounds is None:
+            whole = sum(once[c.name] * calls[c.name] for c in able)
+            rounds = max(_FEWEST, min(_MOST, int(seconds / whole)))
+        times: dict[str, list[float]] = {c.name: [] for c in able}
+        gc.collect()
+        with progress(f"{words}: timing {len(able)} contenders in turns, {rounds} rounds"):
+            for i in range(rounds):
+                for j in range(len(able)):
+                    c = able[(i + j) % len(able)]
+                    times[c.name].append(_turn(c.call, calls[c.name], device))
+    found = []
+    for c in entries:
+        if c.name in failed:
+            found.append(Result(c.name, failed=failed[c.name]))
+            continue
+        mine = times[c.name]
+        p20, p50, p80 = (quantile(mine, q) for q in (0.2, 0.5, 0.8))
+        ratio = quantile([b / t for b, t in zip(times[baseline], mine, strict=True)], 0.5)
+        found.append(
+            Result(
+                c.name,
+                (p20 * 1e3, p50 * 1e3, p80 * 1e3),
+                setting.batch / p50,
+                ratio,
+                peak[c.name],
+                first[c.name],
+                rounds,
+                calls[c.name],
+            )
+        )
+    return found

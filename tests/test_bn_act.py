@@ -1,0 +1,279 @@
+"""The memory-bound ops, bn_stats to bn_backward_apply, on every backend: against float64, and bit against bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_fast import ops
+from resnet_fast.dispatch import BackendError, backend, reasons, use_backend
+from tests.cases import LAYOUTS, NASTY, TINY, VARIANTS, Case, inputs
+from tests.tolerance import (
+    assert_all_close,
+    assert_same_bits,
+    backends,
+    check,
+    eager,
+    name_of,
+    reference,
+    run,
+    variants,
+)
+
+OPS = ("bn_stats", "affine_act", "affine_act_backward", "bn_backward_sums", "bn_backward_apply")
+CASES = [pytest.param(case, id=case.name) for case in TINY + NASTY]
+THREADS = next(case for case in TINY if case.name == "threads")
+ODD = next(case for case in NASTY if case.name == "K9")
+
+_why_no_native = reasons("bn_stats", torch.device("cpu"), torch.float32)["native"]
+needs_native = pytest.mark.skipif(_why_no_native is not None, reason=f"native: {_why_no_native}")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("op, variant, name, device, dtype", variants(*OPS))
+def test_matches_float64(
+    op: str, variant: str, name: str, device: str, dtype: torch.dtype, case: Case
+) -> None:
+    check(op, inputs(op, case, dtype, device, variant=variant), name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("op, variant, name, device, dtype", variants(*OPS))
+def test_layout_makes_no_difference(
+    op: str, variant: str, name: str, device: str, dtype: torch.dtype, layout: str
+) -> None:
+    plain = run(op, inputs(op, ODD, dtype, device, variant=variant), name)
+    other = run(op, inputs(op, ODD, dtype, device, variant=variant, layout=layout), name)
+    if name == "torch":  # torch's own sums go in the order of memory
+        assert_all_close(other, reference(op, inputs(op, ODD, dtype, device, variant=variant)), plain)
+    else:
+        assert_same_bits(plain, other)
+
+
+@pytest.mark.parametrize("op, variant, name, device, dtype", [p for p in variants(*OPS) if p.values[2] == "native"])
+def test_same_bits_twice_and_by_any_number_of_threads(
+    op: str, variant: str, name: str, device: str, dtype: torch.dtype
+) -> None:
+    kwargs = inputs(op, THREADS, dtype, device, variant=variant)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run(op, kwargs, name)
+        torch.set_num_threads(2)
+        assert_same_bits(run(op, kwargs, name), alone)
+        assert_same_bits(run(op, kwargs, name), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("affine_act"))
+def test_relu_keeps_nan_and_infinities(name: str, device: str, dtype: torch.dtype) -> None:
+    inf, nan = torch.inf, torch.nan
+    tiny = torch.finfo(dtype).smallest_normal
+    values = torch.tensor([nan, inf, -inf, 0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 4, 1, -1], dtype=dtype, device=device)
+    y = values.repeat(19).view(1, 11, 19, 1)
+    one, zero = torch.ones(11, device=device), torch.zeros(11, device=device)
+    for relu, expected in ((True, torch.relu(y)), (False, y)):
+        assert_same_bits(run("affine_act", {"y": y, "scale": one, "shift": zero, "relu": relu}, name), expected)
+    # inf - inf, 0 * inf
+    residual = y.flip(1)
+    kwargs = {"y": y, "scale": one, "shift": zero, "residual": residual}
+    assert_same_bits(run("affine_act", kwargs, name), torch.relu(y + residual))
+    kwargs = {"y": y, "scale": zero, "shift": one}
+    assert_same_bits(run("affine_act", kwargs, name), torch.relu(y * 0 + 1))
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("affine_act_backward"))
+def test_gradient_passes_where_torchs_does(name: str, device: str, dtype: torch.dtype) -> None:
+    inf, nan = torch.inf, torch.nan
+    values = torch.tensor([nan, inf, -inf, 0.0, -0.0, 1, -1], dtype=dtype, device=device)
+    z, dz = (t.reshape(1, 7, 7, 1) for t in torch.meshgrid(values, values, indexing="ij"))
+    zero, one = torch.zeros(7, device=device), torch.ones(7, device=device)
+    expected = torch.ops.aten.threshold_backward(dz, z, 0)
+    g, sum_g, _, sum_gr = run("affine_act_backward", {"dz": dz, "z": z, "y": torch.ones_like(z), "mean": zero}, name)
+    assert_same_bits(g, expected)
+    assert_same_bits(sum_g, expected.float().sum((0, 2, 3)))
+    assert not sum_gr.any()
+    masked = {"dz": dz, "y": z, "mean": zero, "scale": one, "shift": zero}
+    sums = run("bn_backward_sums", masked, name)
+    assert_same_bits(sums[0], expected.float().sum((0, 2, 3)))
+    dy = run("bn_backward_apply", {**masked, "a": one, "b": zero, "c": zero}, name)
+    assert_same_bits(dy, expected + (z - z))  # 0 * inf is NaN
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("bn_stats"))
+def test_mean_of_a_thousand_deviations(name: str, device: str, dtype: torch.dtype) -> None:
+    """E[y^2] - E[y]^2 would leave nothing of the variance."""
+    for op in ("bn_stats", "bn_backward_sums", "bn_backward_apply"):
+        kwargs = inputs(op, THREADS, torch.float32, device)
+        kwargs["y"] = (kwargs["y"] + 1000).to(dtype)
+        if "mean" in kwargs:
+            kwargs["mean"] = kwargs["y"].double().mean((0, 2, 3)).float()
+            kwargs["dz"] = kwargs["dz"].to(dtype)
+            kwargs["shift"] = kwargs["shift"] - 1000 * kwargs["scale"]
+        check(op, kwargs, name)
+
+
+def test_expanded_gradient() -> None:
+    """z.sum().backward() sends a gradient of one element, expanded."""
+    kwargs = inputs("affine_act_backward", ODD)
+    kwargs["dz"] = torch.ones(()).expand_as(kwargs["dz"])
+    for name in ("native", "torch") if _why_no_native is None else ("torch",):
+        check("affine_act_backward", kwargs, name)
+
+
+def test_inputs_are_not_written() -> None:
+    for op in OPS:
+        for variant in VARIANTS[op]:
+            kwargs = inputs(op, ODD, variant=variant)
+            getattr(ops, op)(**kwargs)
+            for key, value in inputs(op, ODD, variant=variant).items():
+                assert torch.equal(torch.as_tensor(kwargs[key]), torch.as_tensor(value)), f"{op}: {key}"
+
+
+# ---- what the native kernels refuse
+
+
+def _wrong(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same argument with a shape, dtype or device that it must not have."""
+    if value.dim() == 1:
+        return {"longer": value.repeat(2), "scalar": value[0], "matrix": value[None], "device": value.to("meta")}
+    return {
+        "smaller": value[:, :, 1:],
+        "3d": value[0],
+        "broadcast": value[:1, :, :1, :1],
+        "dtype": value.double(),
+        "device": value.to("meta"),
+    }
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+def test_native_names_the_argument_that_is_wrong(op: str) -> None:
+    """Called as dispatch calls them: a kernel sees addresses, so nothing wrong may come through."""
+    function = getattr(backend("native"), op)
+    for variant in VARIANTS[op]:
+        kwargs = inputs(op, ODD, variant=variant)
+        for name, value in kwargs.items():
+            if not isinstance(value, torch.Tensor) or name == "y":  # y says what the others must be
+                continue
+            for what, wrong in _wrong(value).items():
+                with pytest.raises(ValueError, match=rf"^{name}: found .*(expected|supported)"):
+                    function(**{**kwargs, name: wrong})
+                    pytest.fail(f"{op}: {name} accepted with wrong {what}")
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_native_refuses_other_dtypes(dtype: torch.dtype) -> None:
+    with use_backend("native"), pytest.raises(BackendError, match=rf"dtype {name_of(dtype)} \(supported: float32"):
+        ops.bn_stats(torch.ones(1, 2, 3, 3, dtype=dtype))
+
+
+@needs_native
+def test_native_takes_vectors_of_any_dtype_and_stride() -> None:
+    kwargs = inputs("affine_act", ODD)
+    expected = run("affine_act", kwargs, "native")
+    kwargs["scale"] = torch.stack([kwargs["scale"], kwargs["shift"]], 1)[:, 0]
+    kwargs["shift"] = kwargs["shift"].double()
+    assert_same_bits(run("affine_act", kwargs, "native"), expected)
+
+
+# ---- every instruction set
+
+
+@needs_native
+@pytest.mark.skipif("RESNET_FAST_ISA" in os.environ, reason="this run is one of the instruction sets")
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_instruction_set(isa: str) -> None:
+    """The native tests of this file again, in a process whose kernels are those of one instruction set."""
+    from resnet_fast import _C
+
+    if isa not in _C.build_info()["isas"]:
+        pytest.skip(f"not built: {isa}")
+    env = {**os.environ, "RESNET_FAST_ISA": isa}
+    probe = "import torch\nfrom resnet_fast import _C\nprint(_C.cpu.isa())"
+    found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, timeout=60)
+    if "this CPU does not have it" in found.stderr:
+        pytest.skip(f"this CPU does not have {isa}")
+    assert found.stdout.strip() == isa, found.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "native and cpu and not layout and not gpu", "-m", "not gpu"]
+    result = subprocess.run(
+        command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-300:]
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    if _why_no_native is not None:
+        pytest.skip(f"native: {_why_no_native}")
+    probe = "import torch\nfrom resnet_fast import _C\n_C.cpu.isa()"
+    env = {**os.environ, "RESNET_FAST_ISA": "mmx"}
+    found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, timeout=60)
+    assert found.returncode != 0 and "RESNET_FAST_ISA=mmx: not built" in found.stderr
+
+
+# ---- the definitions
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+def test_backward_definitions_are_the_gradient(relu: bool) -> None:
+    """bn_backward_sums and bn_backward_apply against autograd through bn_stats and affine_act, in float64."""
+    y = torch.randn(3, 5, 4, 6, dtype=torch.float64).requires_grad_()
+    gamma, beta = (torch.randn(5, dtype=torch.float64).requires_grad_() for _ in range(2))
+    mean, var = ops.bn_stats.definition(y)
+    rstd = (var + 1e-5).rsqrt()
+    scale, shift = gamma * rstd, beta - mean * gamma * rstd
+    z = ops.affine_act.definition(y, scale, shift, relu=relu)
+    dz = torch.randn_like(z)
+    expected = torch.autograd.grad(z, (y, gamma, beta), dz)
+
+    with torch.no_grad():
+        mask = (scale, shift) if relu else ()
+        sum_g, sum_gy = ops.bn_backward_sums.definition(dz, y, mean, *mask)
+        m = y.numel() / y.shape[1]
+        b, c = -scale * rstd**2 * sum_gy / m, -scale * sum_g / m
+        dy = ops.bn_backward_apply.definition(dz, y, mean, scale, b, c, *mask)
+    for found, wanted in zip((dy, sum_gy * rstd, sum_g), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_end_of_block_definition_is_the_gradient() -> None:
+    """affine_act_backward against autograd through an affine_act with a residual of its own batch norm."""
+    case = Case("end", 2, 4, 5, 3, 6, 1, 1, 0)
+    kwargs = inputs("affine_act", case, torch.float64, variant="projection")
+    leaves = [kwargs[k].requires_grad_() for k in ("y", "scale", "shift", "residual", "rscale", "rshift")]
+    z = ops.affine_act.definition(**kwargs)
+    dz = torch.randn_like(z)
+    dy, dscale, dshift, dr, drscale, drshift = torch.autograd.grad(z, leaves, dz)
+    zero = torch.zeros(6, dtype=torch.float64)
+    with torch.no_grad():
+        y, scale, _, residual, rscale, _ = leaves
+        g, sum_g, sum_gy, sum_gr = ops.affine_act_backward.definition(dz, z, y, zero, residual, zero)
+    for found, wanted in (
+        (g * scale.view(-1, 1, 1), dy),
+        (g * rscale.view(-1, 1, 1), dr),
+        (sum_g, dshift),
+        (sum_g, drshift),
+        (sum_gy, dscale),
+        (sum_gr, drscale),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_lazy_and_eager_agree_on_what_a_gradient_is() -> None:
+    """The rule's own second leg: eager's composition and the definition are the same function in float64."""
+    for op in OPS:
+        for variant in VARIANTS[op]:
+            kwargs = inputs(op, ODD, torch.float64, variant=variant)
+            if op == "bn_stats":  # eager's goes through 1 / sqrt(var + eps)
+                torch.testing.assert_close(eager(op, kwargs), reference(op, kwargs), rtol=1e-6, atol=1e-6)
+            else:
+                torch.testing.assert_close(eager(op, kwargs), reference(op, kwargs), rtol=1e-12, atol=1e-12)

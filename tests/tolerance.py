@@ -1,0 +1,292 @@
+"""The rule of tolerance, and the two things it compares with: the op in float64, and eager torch in the same dtype.
+
+    max|ours - ref64| <= 2 max|torch - ref64| + 4 eps(dtype) max|ref64|
+
+``ref64`` is the definition, run in float64 on the same (already rounded) inputs. ``torch`` is what plain eager torch makes
+of them in their own dtype, by its own batch_norm, relu and convolution. NaN and infinities must stand in the same places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fast.dispatch import OPS, backend, reasons, use_backend
+from resnet_fast.ops import stats_dtype
+from tests.cases import VARIANTS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Kwargs = dict[str, Any]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- the rule
+
+
+def assert_close(ours: Tensor | None, ref64: Tensor | None, torchs: Tensor | None, what: str = "result") -> None:
+    """The rule, for one tensor. A gradient may be None, if it is None in all three."""
+    if ours is None or ref64 is None or torchs is None:
+        assert ours is None and ref64 is None and torchs is None, f"{what}: some are None, some are not"
+        return
+    assert ours.shape == ref64.shape == torchs.shape, f"{what}: {ours.shape}, {ref64.shape}, {torchs.shape}"
+    if ours.numel() == 0:
+        return
+    eps = torch.finfo(ours.dtype).eps
+    ours, ref64, torchs = (t.detach().to("cpu", torch.float64) for t in (ours, ref64, torchs))
+    # What is finite in float64 may overflow in torch's own dtype: ours must do as torch does.
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        wrong = int((kind(ours) != kind(torchs)).sum())
+        assert wrong == 0, f"{what}: {kind.__name__} differs from torch's in {wrong} places of {ours.numel()}"
+    finite = ours.isfinite() & ref64.isfinite()
+    if not finite.any():
+        return
+    error, torchs_error = ((t - ref64)[finite].abs().amax().item() for t in (ours, torchs))
+    largest = ref64[finite].abs().amax().item()
+    bound = 2 * torchs_error + 4 * eps * largest
+    assert error <= bound, (
+        f"{what}: error {error:.3e}, torch's own {torchs_error:.3e}, bound {bound:.3e}, max|ref| {largest:.3e}"
+    )
+
+
+def assert_all_close(ours: Any, ref64: Any, torchs: Any, what: str = "output") -> None:
+    """The rule, for a tensor or a tuple of them."""
+    if isinstance(ours, Tensor):
+        ours, ref64, torchs = (ours,), (ref64,), (torchs,)
+    assert len(ours) == len(ref64) == len(torchs)
+    for i, three in enumerate(zip(ours, ref64, torchs, strict=True)):
+        assert_close(*three, what=f"{what} {i}")
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    """Equal in every bit, NaN included."""
+    if isinstance(one, Tensor):
+        one, other = (one,), (other,)
+    for i, (a, b) in enumerate(zip(one, other, strict=True)):
+        assert a.dtype == b.dtype and torch.equal(a.nan_to_num(0.125), b.nan_to_num(0.125)), f"output {i}"
+        assert torch.equal(a.isnan(), b.isnan()), f"output {i}: NaN"
+
+
+# ---- the op in float64, and as eager torch computes it
+
+
+def to_float64(value: Any) -> Any:
+    return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def reference(op: str, kwargs: Kwargs) -> Any:
+    """The definition in float64."""
+    return OPS[op].definition(**{k: to_float64(v) for k, v in kwargs.items()})
+
+
+def _affine(y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None = None) -> Tensor:
+    """(y - mean) * scale + shift, by eager batch norm in eval mode."""
+    return F.batch_norm(y, torch.zeros_like(scale) if mean is None else mean, torch.ones_like(scale), scale, shift, eps=0)
+
+
+def _eager_affine_act(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    rscale: Tensor | None = None,
+    rshift: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    z = _affine(y, scale, shift)
+    if residual is not None:
+        z = z + (residual if rscale is None or rshift is None else _affine(residual, rscale, rshift))
+    return torch.relu(z) if relu else z
+
+
+def _eager_bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    one = torch.ones(y.shape[1], dtype=stats_dtype(y.dtype), device=y.device)
+    _, mean, rstd = torch.native_batch_norm(y, one, 0 * one, None, None, True, 0.0, 1e-5)
+    return mean, rstd**-2 - 1e-5
+
+
+def _eager_sums(g: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    one = torch.ones_like(mean)
+    _, sum_gy, sum_g = torch.ops.aten.native_batch_norm_backward(
+        g, y, one, None, None, mean, one, True, 0.0, [True, True, True]
+    )
+    return sum_g, sum_gy
+
+
+def _eager_mask(dz: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    if scale is None or shift is None:
+        return dz
+    return torch.ops.aten.threshold_backward(dz, _eager_affine_act(y, scale, shift), 0)
+
+
+def _eager_affine_act_backward(
+    dz: Tensor, z: Tensor, y: Tensor, mean: Tensor, residual: Tensor | None = None, rmean: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    g = torch.ops.aten.threshold_backward(dz, z, 0)
+    if residual is None or rmean is None:
+        return (g, *_eager_sums(g, y, mean), torch.zeros_like(mean))
+    return (g, *_eager_sums(g, y, mean), _eager_sums(g, residual, rmean)[1])
+
+
+def _eager_bn_backward_sums(
+    dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    return _eager_sums(_eager_mask(dz, y, scale, shift), y, mean)
+
+
+def _eager_bn_backward_apply(
+    dz: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    g = _eager_mask(dz, y, scale, shift)
+    return _affine(g, a, torch.zeros_like(a)) + _affine(y, b, c, mean)
+
+
+def _eager_activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    return x if scale is None or shift is None else _eager_affine_act(x, scale, shift)
+
+
+def _eager_conv_stats(
+    x: Tensor, w: Tensor, *geometry: Any, scale: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    y = F.conv2d(_eager_activation(x, scale, shift), w, None, *geometry)
+    return (y, *_eager_bn_stats(y))
+
+
+def _eager_conv_dgrad(g: Tensor, w: Tensor, input_size: list[int], *geometry: Any, **lazy: Tensor) -> Tensor:
+    dy = _eager_bn_backward_apply(g, **lazy) if lazy else g
+    return torch.nn.grad.conv2d_input(input_size, w, dy, *geometry)
+
+
+def _eager_conv_wgrad(
+    g: Tensor,
+    x: Tensor,
+    weight_size: list[int],
+    *geometry: Any,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    **lazy: Tensor,
+) -> Tensor:
+    dy = _eager_bn_backward_apply(g, **lazy) if lazy else g
+    return torch.nn.grad.conv2d_weight(_eager_activation(x, scale, shift), weight_size, dy, *geometry)
+
+
+def _eager_conv_affine_act(
+    x: Tensor,
+    w: Tensor,
+    shift: Tensor,
+    *geometry: Any,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    y = F.conv2d(x, w, None, *geometry)
+    return _eager_affine_act(y, torch.ones_like(shift) if scale is None else scale, shift, residual, relu=relu)
+
+
+_EAGER: dict[str, Callable[..., Any]] = {
+    "bn_stats": _eager_bn_stats,
+    "affine_act": _eager_affine_act,
+    "affine_act_backward": _eager_affine_act_backward,
+    "bn_backward_sums": _eager_bn_backward_sums,
+    "bn_backward_apply": _eager_bn_backward_apply,
+    "conv_stats": _eager_conv_stats,
+    "conv_dgrad": _eager_conv_dgrad,
+    "conv_wgrad": _eager_conv_wgrad,
+    "conv_affine_act": _eager_conv_affine_act,
+}
+
+
+def eager(op: str, kwargs: Kwargs) -> Any:
+    """The op as plain torch computes it in the dtype of its inputs."""
+    if "stride" not in kwargs:
+        return _EAGER[op](**kwargs)
+    names = list(kwargs)
+    lead = names[: names.index("groups") + 1]  # what stands before the options is positional
+    return _EAGER[op](*(kwargs[k] for k in lead), **{k: v for k, v in kwargs.items() if k not in lead})
+
+
+# ---- running an op on one backend
+
+
+def run(op: str, kwargs: Kwargs, backend_name: str) -> Any:
+    """The op on that backend, and on no other."""
+    with use_backend(backend_name):
+        return OPS[op](**kwargs)
+
+
+def check(op: str, kwargs: Kwargs, backend_name: str) -> None:
+    """The op's outputs on that backend obey the rule, and are channels-last."""
+    ours, ref64 = run(op, kwargs, backend_name), reference(op, kwargs)
+    first = ref64 if isinstance(ref64, Tensor) else ref64[0]
+    if next(iter(kwargs.values())).numel() == 0:
+        assert_empty(ours, ref64)
+        return
+    assert_all_close(ours, ref64, eager(op, kwargs), op)
+    if first.dim() == 4:
+        z = ours if isinstance(ours, Tensor) else ours[0]
+        assert z.is_contiguous(memory_format=torch.channels_last), f"{op}: strides {z.stride()}"
+
+
+def assert_empty(ours: Any, ref64: Any) -> None:
+    """Of an empty batch: the right shapes, and sums and gradients of 0 (a mean over nothing is anyone's)."""
+    ours, ref64 = ((t,) if isinstance(t, Tensor) else t for t in (ours, ref64))
+    for a, b in zip(ours, ref64, strict=True):
+        assert a.shape == b.shape
+        if not b.isnan().any():
+            assert torch.equal(a.double(), b)
+
+
+def backends(op: str, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Any]:
+    """pytest parameters (backend, device, dtype): every backend that has the op; skipped, with its reason, if it cannot."""
+    parameters = []
+    for name in ("native", "onednn", "cudnn", "torch"):
+        for device in ("cpu", "cuda"):
+            if _never(name, op, device):
+                continue
+            for dtype in dtypes:
+                marks = [pytest.mark.gpu] if device == "cuda" else []
+                if (device == "cpu" or torch.cuda.is_available()) and (
+                    reason := reasons(op, torch.device(device), dtype)[name]
+                ):
+                    marks.append(pytest.mark.skip(reason=f"{name}: {reason}"))
+                parameters.append(
+                    pytest.param(name, device, dtype, marks=marks, id=f"{name}-{device}-{name_of(dtype)}")
+                )
+    return parameters
+
+
+def _never(name: str, op: str, device: str) -> bool:
+    """Whether that backend has no such op on any machine."""
+    if name == "torch":
+        return False
+    if (name, device) in (("onednn", "cuda"), ("cudnn", "cpu")):
+        return True
+    try:
+        return not hasattr(backend(name), op)
+    except ImportError:  # reasons() says why
+        return False
+
+
+def variants(*ops: str, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Any]:
+    """pytest parameters (op, variant, backend, device, dtype)."""
+    return [
+        pytest.param(op, variant, *p.values, marks=p.marks, id=f"{op}-{variant}-{p.id}")
+        for op in ops
+        for variant in VARIANTS[op]
+        for p in backends(op, dtypes)
+    ]
