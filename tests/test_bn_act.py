@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,8 +76,8 @@ def test_same_bits_twice_and_by_any_number_of_threads(
 def test_relu_keeps_nan_and_infinities(name: str, device: str, dtype: torch.dtype) -> None:
     inf, nan = torch.inf, torch.nan
     tiny = torch.finfo(dtype).smallest_normal
-    values = torch.tensor([nan, inf, -inf, 0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 4, 1, -1], dtype=dtype, device=device)
-    y = values.repeat(19).view(1, 11, 19, 1)
+    values = [nan, inf, -inf, 0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 4, 1, -1]
+    y = torch.tensor(values, dtype=dtype, device=device).repeat(19).view(1, 11, 19, 1)
     one, zero = torch.ones(11, device=device), torch.zeros(11, device=device)
     for relu, expected in ((True, torch.relu(y)), (False, y)):
         assert_same_bits(run("affine_act", {"y": y, "scale": one, "shift": zero, "relu": relu}, name), expected)
@@ -108,14 +109,13 @@ def test_gradient_passes_where_torchs_does(name: str, device: str, dtype: torch.
 
 @pytest.mark.parametrize("name, device, dtype", backends("bn_stats"))
 def test_mean_of_a_thousand_deviations(name: str, device: str, dtype: torch.dtype) -> None:
-    """E[y^2] - E[y]^2 would leave nothing of the variance."""
-    for op in ("bn_stats", "bn_backward_sums", "bn_backward_apply"):
-        kwargs = inputs(op, THREADS, torch.float32, device)
+    """E[y^2] - E[y]^2 would leave nothing of the variance. (No ReLU: where its border lies is rounding's choice here.)"""
+    for op, variant in (("bn_stats", "plain"), ("bn_backward_sums", "linear"), ("bn_backward_apply", "linear")):
+        kwargs = inputs(op, THREADS, torch.float32, device, variant=variant)
         kwargs["y"] = (kwargs["y"] + 1000).to(dtype)
         if "mean" in kwargs:
             kwargs["mean"] = kwargs["y"].double().mean((0, 2, 3)).float()
             kwargs["dz"] = kwargs["dz"].to(dtype)
-            kwargs["shift"] = kwargs["shift"] - 1000 * kwargs["scale"]
         check(op, kwargs, name)
 
 
@@ -196,6 +196,8 @@ def test_instruction_set(isa: str) -> None:
 
     if isa not in _C.build_info()["isas"]:
         pytest.skip(f"not built: {isa}")
+    if isa == _C.cpu.isa():
+        pytest.skip(f"{isa} is what every test here runs on")
     env = {**os.environ, "RESNET_FAST_ISA": isa}
     probe = "import torch\nfrom resnet_fast import _C\nprint(_C.cpu.isa())"
     found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, timeout=60)
@@ -203,12 +205,13 @@ def test_instruction_set(isa: str) -> None:
         pytest.skip(f"this CPU does not have {isa}")
     assert found.stdout.strip() == isa, found.stderr
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "native and cpu and not layout and not gpu", "-m", "not gpu"]
+    tests = "relu or gradient_passes or thousand or K8 or K9 or K70 or threads"
+    command += ["-k", f"native and cpu and ({tests})", "-m", "not gpu"]
     result = subprocess.run(
         command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
     )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-300:]
+    assert result.returncode == 0, result.stdout[-600:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100 and "skipped" not in result.stdout
 
 
 def test_unknown_instruction_set_is_refused() -> None:

@@ -2,8 +2,9 @@
 
     max|ours - ref64| <= 2 max|torch - ref64| + 4 eps(dtype) max|ref64|
 
-``ref64`` is the definition, run in float64 on the same (already rounded) inputs. ``torch`` is what plain eager torch makes
-of them in their own dtype, by its own batch_norm, relu and convolution. NaN and infinities must stand in the same places.
+``ref64`` is the definition, run in float64 on the same (already rounded) inputs. ``torch`` is what plain eager torch
+makes of them in their own dtype, by its own batch_norm, relu and convolution. NaN and infinities must stand in the same
+places.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def reference(op: str, kwargs: Kwargs) -> Any:
 
 def _affine(y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None = None) -> Tensor:
     """(y - mean) * scale + shift, by eager batch norm in eval mode."""
-    return F.batch_norm(y, torch.zeros_like(scale) if mean is None else mean, torch.ones_like(scale), scale, shift, eps=0)
+    mean = torch.zeros_like(scale) if mean is None else mean
+    return F.batch_norm(y, mean, torch.ones_like(scale), scale, shift, eps=0)
 
 
 def _eager_affine_act(
@@ -252,7 +254,7 @@ def assert_empty(ours: Any, ref64: Any) -> None:
 
 
 def backends(op: str, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Any]:
-    """pytest parameters (backend, device, dtype): every backend that has the op; skipped, with its reason, if it cannot."""
+    """Parameters (backend, device, dtype) for every backend that has the op; skipped, and why, where it cannot."""
     parameters = []
     for name in ("native", "onednn", "cudnn", "torch"):
         for device in ("cpu", "cuda"):

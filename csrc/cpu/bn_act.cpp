@@ -146,68 +146,81 @@ void reduce(int64_t npq, int64_t k, float* workspace, const Add& add, float* con
 int64_t bn_workspace(int64_t npq, int64_t k) { return 3 * Tiles{npq, k}.row_blocks() * k; }
 
 // mean = sum(y) / NPQ;  var = sum((y - mean)^2) / NPQ
-// Shapes    y (NPQ, K) channels-last; mean, var (K,) fp32; workspace (2, row blocks, K) fp32
+// Shapes    y (NPQ, K) channels-last; mean, var (K,) fp32; workspace (3, row blocks, K) fp32
 // Tiles     BLOCK_NPQ x BLOCK_K; a thread takes a run of them, channel blocks first
 // Traffic   reads y once from memory, NPQ * K * itemsize, and once from L1
-// Numerics  per tile the mean and M2 about it, in fp32; tiles merged in double, in order
-//           (Chan, Golub, LeVeque 1979): exact to rounding at |mean| / std = 1000 and beyond
+// Numerics  per tile, in fp32, the mean, what rounding took from it (the residue, n times that),
+// and
+//           M2; tiles merged in double, in order, by Chan's formula (Chan, Golub, LeVeque 1979):
+//           var is good to 4 eps at |mean| / std = 1000
 // Source    ops.bn_stats; docs/bn_act.md
+template <class T>
+void bn_stats_tile(const T* y, const Tile& tile, int64_t k, float* mean, float* m2,
+                   float* residue) {
+  const float n = static_cast<float>(tile.row_end - tile.row);
+  const int64_t next_tile = tile.channel_end < k ? BLOCK_K : BLOCK_NPQ * k - tile.channel;
+
+  const auto add = [=](int64_t offset, int64_t, auto lanes, Vec(&sums)[1]) {
+    sums[0] += load(y + offset, lanes);
+  };
+  sum_tile<1>(tile, k, add, {residue});
+  for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
+    mean[c] = residue[c] / n;
+    residue[c] = __builtin_fmaf(-n, mean[c], residue[c]);
+  }
+
+  // The sum of 128 halves is as good as exact. That of floats far from 0 is not: add y - mean too.
+  constexpr int SUMS = std::is_same_v<T, float> ? 2 : 1;
+  const auto add_centred = [=](int64_t offset, int64_t channel, auto lanes, Vec(&sums)[SUMS]) {
+    const Vec d = load(y + offset, lanes) - load(mean + channel, lanes);
+    sums[0] = fma(d, d, sums[0]);
+    if constexpr (SUMS == 2) sums[1] += d;
+    // Memory works on the next tile while this second pass computes.
+    __builtin_prefetch(y + offset + next_tile);
+  };
+  if constexpr (SUMS == 2) {
+    float centred[BLOCK_K];
+    sum_tile<2>(tile, k, add_centred, {m2, centred - tile.channel});
+    for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
+      if (m2[c] < n * mean[c] * mean[c]) residue[c] = centred[c - tile.channel];
+    }
+  } else {
+    sum_tile<1>(tile, k, add_centred, {m2});
+  }
+
+  for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
+    if (residue[c] != residue[c]) residue[c] = 0;  // an infinite mean stays infinite, as in torch
+    m2[c] -= residue[c] * residue[c] / n;
+  }
+}
+
 template <class T>
 void bn_stats_kernel(const BnStats& args) {
   const T* y = static_cast<const T*>(args.y);
   const Tiles tiles{args.npq, args.k};
   const int64_t k = args.k;
+  const int64_t plane = tiles.row_blocks() * k;
   float* means = args.workspace;
-  float* m2s = means + tiles.row_blocks() * k;
+  float* m2s = means + plane;
+  float* residues = m2s + plane;
 
   for_each_tile(tiles, [&](const Tile& tile) {
-    float* mean = means + tile.index * k;
-    float* m2 = m2s + tile.index * k;
-    const float n = static_cast<float>(tile.row_end - tile.row);
-    const int64_t next_tile = tile.channel_end < k ? BLOCK_K : BLOCK_NPQ * k - tile.channel;
-
-    sum_tile<1>(tile, k,
-                [=](int64_t offset, int64_t, auto lanes, Vec(&sum)[1]) {
-                  sum[0] += load(y + offset, lanes);
-                },
-                {mean});
-    for (int64_t c = tile.channel; c < tile.channel_end; ++c) mean[c] /= n;
-
-    // Sums of 128 halves are exact or nearly so. Sums of floats are not: the residue corrects them.
-    constexpr int SUMS = std::is_same_v<T, float> ? 2 : 1;
-    const auto add_centred = [=](int64_t offset, int64_t channel, auto lanes, Vec(&sums)[SUMS]) {
-      const Vec d = load(y + offset, lanes) - load(mean + channel, lanes);
-      sums[0] = fma(d, d, sums[0]);
-      if constexpr (SUMS == 2) sums[1] += d;
-      // Memory works on the next tile while this second pass computes.
-      __builtin_prefetch(y + offset + next_tile);
-    };
-    if constexpr (SUMS == 2) {
-      float residue[BLOCK_K];
-      sum_tile<2>(tile, k, add_centred, {m2, residue - tile.channel});
-      for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-        const float r = residue[c - tile.channel] / n;
-        // Near 0 the mean has no error to speak of, the residue has; and NaN fails the test.
-        if (m2[c] < n * mean[c] * mean[c]) {
-          mean[c] += r;
-          m2[c] -= n * r * r;
-        }
-      }
-    } else {
-      sum_tile<1>(tile, k, add_centred, {m2});
-    }
+    const int64_t row = tile.index * k;
+    bn_stats_tile(y, tile, k, means + row, m2s + row, residues + row);
   });
 
   for_each_channel_block(tiles, [&](int64_t first, int64_t last) {
     const double npq = static_cast<double>(args.npq > 0 ? args.npq : 1);
     double mean[BLOCK_K], m2[BLOCK_K];
     merge(tiles, first, last, mean, [&](int64_t index, int64_t c) {
-      return static_cast<double>(tiles.rows(index)) * means[index * k + c];
+      const double n = static_cast<double>(tiles.rows(index));
+      return n * means[index * k + c] + residues[index * k + c];
     });
     for (double& m : mean) m /= npq;
     merge(tiles, first, last, m2, [&](int64_t index, int64_t c) {
-      const double d = means[index * k + c] - mean[c - first];
-      return m2s[index * k + c] + d * d * static_cast<double>(tiles.rows(index));
+      const double n = static_cast<double>(tiles.rows(index));
+      const double d = means[index * k + c] - mean[c - first] + residues[index * k + c] / n;
+      return m2s[index * k + c] + d * d * n;
     });
     for (int64_t c = first; c < last; ++c) {
       const double var = m2[c - first] / npq;

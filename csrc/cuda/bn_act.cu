@@ -249,7 +249,7 @@ struct Moments {
 };
 
 // mean = sum(y) / NPQ;  var = sum((y - mean)^2) / NPQ: per row block the mean, and M2 about it
-// Shapes    y (NPQ, K) channels-last; workspace (2, row blocks, K) fp32
+// Shapes    y (NPQ, K) channels-last; workspace (3, row blocks, K) fp32: mean, M2, residue
 // Tiles     a block per block_npq rows x lanes * WIDTH channels
 // Traffic   reads y: NPQ * K * itemsize, once; the second pass is over registers
 // Numerics  fp32: batches of BATCH rows a thread, threads of a block, and then (in double) blocks
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) mean[i] = own.n * own.mean[i];
   sum_rows(mean);
-  // The sum was rounded; what the threads' means differ from it by corrects it, and M2 with it.
+  // The mean was rounded: the residue, n times what it lost, goes on beside it and corrects M2.
   float residue[WIDTH], m2[WIDTH];
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) {
@@ -293,19 +293,15 @@ __global__ void __launch_bounds__(THREADS)
   }
   sum_rows(residue);
   sum_rows(m2);
-#pragma unroll
-  for (int i = 0; i < WIDTH; ++i) {
-    const float r = residue[i] / n;
-    m2[i] -= r * residue[i];
-    mean[i] += r == r ? r : 0.0f;  // an infinite mean stays infinite
-  }
-
   if (inside && threadIdx.y == 0) {
+    const int64_t plane = row_blocks * k;
     float* out = workspace + at.row_block * k + at.channel;
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
+      const float r = residue[i] == residue[i] ? residue[i] : 0.0f;  // an infinite mean stays so
       out[i] = mean[i];
-      out[row_blocks * k + i] = m2[i];
+      out[plane + i] = m2[i] - r * r / n;
+      out[2 * plane + i] = r;
     }
   }
 }
@@ -454,8 +450,8 @@ __device__ inline double sum_blocks(int64_t row_blocks, bool inside, Term term) 
   return sum;
 }
 
-// mean, var from the mean and M2 of each row block
-// Shapes    workspace (2, row blocks, K) fp32; mean, var (K,) fp32
+// mean, var from the mean, M2 and residue of each row block
+// Shapes    workspace (3, row blocks, K) fp32; mean, var (K,) fp32
 // Tiles     a block per FINISH_CHANNELS channels
 // Traffic   reads the workspace, mostly from L2
 // Numerics  double; var clamped at 0, NaN kept
@@ -467,22 +463,22 @@ __global__ void __launch_bounds__(FINISH_ROWS* FINISH_CHANNELS)
   const bool inside = channel < k;
   const float* means = workspace + channel;
   const float* m2s = means + row_blocks * k;
+  const float* residues = m2s + row_blocks * k;
   const double count = static_cast<double>(npq > 0 ? npq : 1);
   const auto rows = [=](int64_t b) {
     return static_cast<double>(smaller(block_npq, npq - b * block_npq));
   };
 
-  const double average =
-      sum_blocks(row_blocks, inside, [=](int64_t b) { return rows(b) * means[b * k]; }) / count;
-  const double variance = sum_blocks(row_blocks, inside,
-                                     [=](int64_t b) {
-                                       const double d = means[b * k] - average;
-                                       return m2s[b * k] + d * d * rows(b);
-                                     }) /
-                          count;
+  const double sum = sum_blocks(
+      row_blocks, inside, [=](int64_t b) { return rows(b) * means[b * k] + residues[b * k]; });
+  const double average = sum / count;
+  const double m2 = sum_blocks(row_blocks, inside, [=](int64_t b) {
+    const double d = means[b * k] - average + residues[b * k] / rows(b);
+    return m2s[b * k] + d * d * rows(b);
+  });
   if (inside && threadIdx.y == 0) {
     mean[channel] = static_cast<float>(average);
-    var[channel] = variance < 0 ? 0.0f : static_cast<float>(variance);
+    var[channel] = m2 < 0 ? 0.0f : static_cast<float>(m2 / count);
   }
 }
 

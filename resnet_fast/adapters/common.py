@@ -19,11 +19,14 @@ __all__ = ["BlockPlan", "ConvBnPath", "HostPlan", "Opaque", "Part", "shortcut", 
 def shortcut(block: Any, name: str) -> ConvBnPath | Opaque | str:
     """The shortcut in attribute ``name``: none or identity, Sequential(conv, norm), or anything else, called as it is."""
     m = getattr(block, name)
-    if m is None or type(m) is nn.Identity or (type(m) is nn.Sequential and len(m) == 0):
+    if m is None or type(m) is nn.Identity:
         return "identity"
-    if type(m) is nn.Sequential and len(m) == 2 and type(m[0]) is nn.Conv2d:
-        first, second = m._modules
-        return ConvBnPath(f"{name}.{first}", f"{name}.{second}")
+    if type(m) is nn.Sequential:
+        steps = [(key, type(child)) for key, child in m._modules.items() if type(child) is not nn.Identity]
+        if not steps:
+            return "identity"
+        if len(steps) == 2 and steps[0][1] is nn.Conv2d:
+            return ConvBnPath(f"{name}.{steps[0][0]}", f"{name}.{steps[1][0]}")
     return Opaque(name)
 
 

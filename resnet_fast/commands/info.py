@@ -95,7 +95,7 @@ def _text(found: dict[str, Any]) -> str:
     if len(runtimes) > 1:
         parts.append(
             f"warning: {len(runtimes)} OpenMP runtimes in one process fight over the processors, which costs "
-            "most of the speed. Remedy: build with g++ and plain -fopenmp, and import torch before anything that brings its own"
+            "most of the speed. Remedy: build with g++ and plain -fopenmp, and import torch first"
         )
     parts += [f"\n{_support_table(device, support)}" for device, support in found["support"].items()]
     return "\n".join(parts)
