@@ -1,7 +1,7 @@
 """Fused convolution + batch norm + ReLU (+ residual) blocks for ResNets in PyTorch.
 
-``resnet_fast.fuse(model)`` swaps the blocks of an existing model, ``unfuse`` gives the original back, ``explain`` says what is
-fused and why the rest is not. See README.md.
+``resnet_fast.fuse(model)`` swaps the blocks of an existing model, ``unfuse`` gives the original back, ``explain`` says
+what is fused and why the rest is not. See README.md.
 """
 
 import torch  # noqa: F401  (before _C: one OpenMP runtime)

@@ -99,7 +99,7 @@ def _check_backend_name(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every op inside on backend ``name`` ("native", "onednn", "cudnn", or "torch": the definitions), and on no other.
+    """Run every op inside on backend ``name`` and no other: "native", "onednn", "cudnn", or "torch", the definitions.
 
     Raises ``ValueError`` for an unknown name at once and :class:`BackendError`, with the reason, for an op which that
     backend cannot run. ``None`` restores the automatic choice. Holds for the current thread or task.
@@ -157,12 +157,13 @@ def _choose(op_name: str, device: torch.device, dtype: torch.dtype, forced: str 
 def prepare(
     op_name: str, w: Tensor, x: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    """Weight ``w`` in the layout that the backend of ``op_name`` likes best for inputs like ``x``: made once, used often.
+    """Weight ``w`` in the layout that the backend of ``op_name`` likes best for inputs like ``x``.
 
-    A backend offers it as ``<op>_prepare(w, stride, padding, dilation, groups)``; elsewhere ``w`` is made channels-last.
+    A backend offers it as ``<op>_prepare(w, input_size, stride, padding, dilation, groups)``; elsewhere ``w`` is made
+    channels-last.
     """
     choice = choose(op_name, x.device, x.dtype)
     hook = None if choice.backend == "torch" else getattr(backend(choice.backend), f"{op_name}_prepare", None)
     if hook is None:
         return w.contiguous(memory_format=torch.channels_last)
-    return hook(w, stride, padding, dilation, groups)
+    return hook(w, list(x.shape), stride, padding, dilation, groups)

@@ -7,7 +7,6 @@ activations again from y, scale and shift.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,16 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .dispatch import backend, choose, prepare, reasons
 
 __all__ = [
     "ConvBn",
-    "FoldCache",
-    "Folded",
     "LayoutWarning",
     "conv_bn_act",
-    "fold",
-    "folded_block",
     "residual_block",
     "to_channels_last",
 ]
@@ -89,7 +83,7 @@ def to_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _scale_shift(
+def scale_shift(
     mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """rstd, scale = gamma * rstd, shift = beta - mean * scale; all (K,) in the dtype of ``mean``."""
@@ -105,14 +99,13 @@ def _check(x: Tensor, layers: Sequence[ConvBn]) -> None:
         found = f"{x.dim()} dimensions" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: found {found}, supported is a tensor (N, C, H, W)")
     if not x.dtype.is_floating_point:
-        raise TypeError(
-            f"x: found dtype {x.dtype}, supported are float32, bfloat16, float16. Remedy: x.float()"
-        )
+        raise TypeError(f"x: found dtype {x.dtype}, supported are float32, bfloat16, float16. Remedy: x.float()")
     for layer in layers:
         w = layer.weight
         if w.device != x.device:
             raise RuntimeError(
-                f"x and weight are on different devices: found {x.device} and {w.device}. Remedy: x.to({str(w.device)!r})"
+                f"x and weight are on different devices: found {x.device} and {w.device}. "
+                f"Remedy: x.to({str(w.device)!r})"
             )
         if w.dtype != x.dtype:
             raise RuntimeError(
@@ -130,9 +123,7 @@ def _autocast(
         return x, residual, list(layers)
     dtype = torch.get_autocast_dtype(kind)
     cast = [
-        layer._replace(
-            weight=layer.weight.to(dtype), bias=None if layer.bias is None else layer.bias.to(dtype)
-        )
+        layer._replace(weight=layer.weight.to(dtype), bias=None if layer.bias is None else layer.bias.to(dtype))
         for layer in layers
     ]
     return x.to(dtype), None if residual is None else residual.to(dtype), cast
@@ -213,7 +204,7 @@ def _forward_layer(
         assert mean is not None and var is not None
         y = F.conv2d(operand, w, None, *static.conv(i)).contiguous(memory_format=torch.channels_last)
         statistics = mean.new_empty(0), var.new_empty(0)
-    return _Layer(w, y, mean, *_scale_shift(mean, var, gamma, beta, static.eps[i])), statistics
+    return _Layer(w, y, mean, *scale_shift(mean, var, gamma, beta, static.eps[i])), statistics
 
 
 def _forward_block(
@@ -221,7 +212,9 @@ def _forward_block(
 ) -> tuple[Tensor, list[_Layer], list[Tensor]]:
     """z, the layers, and their statistics flat: mean, unbiased var, mean, ... (empty where they were given)."""
     end = len(static.geometry) - static.projection - 1
-    layers, statistics, operand = [], [], x
+    layers: list[_Layer] = []
+    statistics: list[Tensor] = []
+    operand = x
     for i in range(len(static.geometry)):
         layer, stats = _forward_layer(static, i, x if i > end else operand, tensors)
         layers.append(layer)
@@ -279,7 +272,7 @@ class _Block(torch.autograd.Function):
     """z = act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), then mean and unbiased var of each layer."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, static: _Static, x: Tensor, residual: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         z, layers, statistics = _forward_block(static, x, residual, tensors)
@@ -293,7 +286,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
         x, z, *saved = ctx.saved_tensors
         layers = [_Layer(*saved[i : i + 6]) for i in range(0, len(saved), 6)]
@@ -346,7 +339,7 @@ class _Block(torch.autograd.Function):
         return None, dx, (g if needs_residual else None), *block.grads
 
 
-def _tensors(layer: ConvBn) -> list[Tensor | None]:
+def layer_tensors(layer: ConvBn) -> list[Tensor | None]:
     """A layer's tensors as the Function takes them: vectors wide, a convolution's bias folded into beta."""
     wide = ops.stats_dtype(layer.weight.dtype)
     gamma, beta = (None if v is None else v.to(wide) for v in (layer.gamma, layer.beta))
@@ -361,7 +354,7 @@ def _tensors(layer: ConvBn) -> list[Tensor | None]:
     mean, var = layer.running_mean.to(wide), layer.running_var.to(wide)
     if layer.bias is not None:
         # bn(y + bias) is bn(y) with bias * gamma * rstd more beta.
-        lift = layer.bias.to(wide) * _scale_shift(mean, var, gamma, None, layer.eps)[1]
+        lift = layer.bias.to(wide) * scale_shift(mean, var, gamma, None, layer.eps)[1]
         beta = lift if beta is None else beta + lift
     return [layer.weight, gamma, beta, mean, var]
 
@@ -383,8 +376,8 @@ def residual_block(
         residual: the shortcut is this tensor (N, K, P, Q), computed elsewhere.
         identity: the shortcut is ``x`` itself.
 
-    At most one shortcut may be given; none makes a chain. Returns z (N, K, P, Q), channels-last, in the dtype of ``x`` or
-    of autocast. Raises ``ValueError`` for wrong dimensions, or one value per channel where ``batch_stats``,
+    At most one shortcut may be given; none makes a chain. Returns z (N, K, P, Q), channels-last, in the dtype of ``x``
+    or of autocast. Raises ``ValueError`` for wrong dimensions, or one value per channel where ``batch_stats``,
     ``TypeError`` for a dtype that is no floating point, ``RuntimeError`` for a mix of devices or dtypes, as torch does.
     """
     if (projection is not None) + (residual is not None) + identity > 1:
@@ -402,7 +395,7 @@ def residual_block(
         projection=projection is not None,
         identity=identity,
     )
-    tensors = [t for layer in every for t in _tensors(layer)]
+    tensors = [t for layer in every for t in layer_tensors(layer)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *tensors)):
         z, *statistics = _Block.apply(static, x, residual, *tensors)
     else:
@@ -416,144 +409,3 @@ def residual_block(
 def conv_bn_act(x: Tensor, layer: ConvBn) -> Tensor:
     """z = relu(bn(conv(x))), or without the ReLU where ``layer.relu`` is False. See :func:`residual_block`."""
     return residual_block(x, [layer])
-
-
-# ---- inference: batch norm folded into the convolution ----------------------------------------------------------
-
-#: Magnitudes that float32 and bfloat16 still hold, with room for a rounding.
-_LARGEST = 1e38
-
-
-class Folded(NamedTuple):
-    """A convolution with its batch norm folded in.
-
-    ``w`` laid out as the backend likes it, ``shift`` (K,). |conv(x, w) + shift| <= ``gain`` * max|x| + ``offset``.
-    """
-
-    w: Tensor
-    shift: Tensor
-    geometry: tuple[list[int], list[int], list[int], int]
-    relu: bool
-    gain: float
-    offset: float
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """z = act(conv(x, w) + shift + residual)."""
-        return ops.conv_affine_act(x, self.w, self.shift, *self.geometry, residual=residual, relu=self.relu)
-
-    def bound(self, magnitude: float) -> float:
-        """The largest |conv(x, w) + shift| that an x of this magnitude can give."""
-        return self.gain * magnitude + self.offset
-
-
-@torch.no_grad()
-def fold(layer: ConvBn, x: Tensor) -> Folded:
-    """Fold a layer's batch norm, by its running statistics, into its weight, for inputs of the dtype and device of ``x``.
-
-    Done in float32 and rounded once.
-    """
-    w, gamma, beta, mean, var = _tensors(layer)
-    assert w is not None and mean is not None and var is not None
-    _, scale, shift = _scale_shift(mean, var, gamma, beta, layer.eps)
-    wide = w.to(scale.dtype) * scale.view(-1, 1, 1, 1)
-    gain = wide.abs().sum(dim=(1, 2, 3)).amax().item() if w.numel() else 0.0
-    packed = prepare("conv_affine_act", wide.to(x.dtype), x, *layer.geometry)
-    return Folded(packed, shift, layer.geometry, layer.relu, _bounded(gain), _bounded(shift.abs().amax().item()))
-
-
-class FoldCache:
-    """The folded layers of one block, made anew whenever anything that they were made of has changed.
-
-    Change is seen by the identity, address and version counter of every tensor, and, for writes that bump no counter
-    (``p.data.mul_(2)``), by a fingerprint of the memory: all of the vectors, every 4096th byte's word of the weights.
-    """
-
-    def __init__(self) -> None:
-        self._entry: tuple[Any, ...] | None = None  # replaced whole, so that threads may share the cache
-
-    def get(self, x: Tensor, layers: Sequence[ConvBn]) -> list[Folded] | None:
-        """Every layer folded for ``x``; None where changes could not be seen: off the CPU, or without our kernels."""
-        if x.device.type != "cpu" or reasons("bn_stats", x.device, x.dtype)["native"] is not None:
-            return None
-        native = backend("native")
-        static = (choose("conv_affine_act", x.device, x.dtype), *(layer[_TENSOR_FIELDS:] for layer in layers))
-        tensors = [t for layer in layers for t in layer[:_TENSOR_FIELDS] if t is not None]
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        entry = self._entry
-        if (
-            entry is not None
-            and entry[0] == static
-            and entry[1] == state
-            and all(a is b for a, b in zip(entry[2], tensors, strict=True))
-            and entry[3] == native.fingerprint(tensors)
-        ):
-            return entry[4]
-        folded = [fold(layer, x) for layer in layers]
-        self._entry = (static, state, tensors, native.fingerprint(tensors), folded)
-        return folded
-
-
-#: The leading fields of ConvBn, up to and with ``bias``, are tensors; the rest are numbers.
-_TENSOR_FIELDS = 7
-
-
-def _magnitude(x: Tensor) -> float:
-    """max|x|, infinite where x holds a NaN: known from the block that made x, or measured by one pass."""
-    version = 0 if x.is_inference() else x._version
-    known = getattr(x, "_resnet_fast_bound", None)
-    if known is not None and known[0] == version:
-        return known[1]
-    return _measure(x)
-
-
-def _measure(x: Tensor) -> float:
-    low, high = torch.aminmax(x.detach())
-    return _bounded(max(-low.item(), high.item()))
-
-
-def _bounded(value: float) -> float:
-    """``value``, or, for NaN and infinities, a number that no bound survives, and that 0 cannot turn into NaN."""
-    return value if math.isfinite(value) else 1e300
-
-
-def folded_block(
-    x: Tensor,
-    layers: Sequence[Folded],
-    *,
-    projection: Folded | None = None,
-    residual: Tensor | None = None,
-    identity: bool = False,
-) -> Tensor | None:
-    """``residual_block`` for inference, on folded layers: one library call per convolution, nothing in between.
-
-    None where a value inside might overflow, or ``x`` holds a NaN or an infinity: a library's ReLU need not let those
-    pass, torch's does, so the caller takes another path. What cannot overflow is known from the weights' row sums, and
-    that bound travels along with z; it is measured only where it has grown too large.
-    """
-    if x.numel() == 0:
-        return None
-    side_bound = 0.0 if residual is None else _magnitude(residual)
-
-    def bound(magnitude: float) -> float:
-        top = inner = magnitude
-        for layer in layers:
-            inner = layer.bound(inner)
-            top = max(top, inner)
-        side = projection.bound(magnitude) if projection else magnitude if identity else side_bound
-        return max(top, inner + side)
-
-    out = bound(_magnitude(x))
-    if not out < _LARGEST:
-        out = bound(_measure(x))
-        if not out < _LARGEST:
-            return None
-    x = to_channels_last(x)
-    if projection is not None:
-        residual = projection(x)
-    elif identity:
-        residual = x
-    for layer in layers[:-1]:
-        x = layer(x)
-    z = layers[-1](x, residual)
-    z._resnet_fast_bound = (0 if z.is_inference() else z._version, out)  # type: ignore[attr-defined]
-    return z

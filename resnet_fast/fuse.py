@@ -1,8 +1,9 @@
 """fuse(), unfuse(), fused(), explain(), register_block(): swapping the forward of blocks in existing models.
 
-A block is swapped by assigning ``block.__class__`` a generated subclass of its own class. Keys, Parameter identity, hooks
-on the block, ``isinstance``, train/eval and ``.to()`` are untouched, for the object is the same; pickles and deepcopies name the
-original class. The generated forward asks the plan's guards at every call and runs the original forward where one fails.
+A block is swapped by assigning ``block.__class__`` a generated subclass of its own class. Keys, Parameter identity,
+hooks on the block, ``isinstance``, train/eval and ``.to()`` are untouched, for the object is the same; pickles and
+deepcopies name the original class. The generated forward asks the plan's guards at every call and runs the original
+forward where one fails.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters, dispatch
-from .functional import FoldCache
+from .folding import FoldCache
 from .plan import BlockPlan, HostPlan, Opaque, Refusal, find, run, run_unfused, why_not_now
 
 __all__ = ["Explanation", "FuseError", "Row", "explain", "fuse", "fused", "register_block", "unfuse"]
@@ -134,7 +135,7 @@ def _fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
 
 def _attach(module: Any, plan: BlockPlan | HostPlan, backend: str | None) -> None:
     module.__dict__[_KEY] = _State(plan, backend)
-    module.__class__ = _fused_class(type(module), _method(plan))
+    module.__class__ = _fused_class(type(module), _method(plan))  # type: ignore[arg-type]
 
 
 def _detach(module: Any) -> None:
@@ -201,8 +202,8 @@ def fuse(
     """Swap the blocks of ``model`` for fused ones, in place; returns the same model.
 
     Args:
-        model: any module: a torchvision, timm, transformers or segmentation-models-pytorch network, our own, or one whose
-            blocks were registered. What is not recognised stays as it is; :func:`explain` says why.
+        model: any module: a torchvision, timm, transformers or segmentation-models-pytorch network, our own, or one
+            whose blocks were registered. What is not recognised stays as it is; :func:`explain` says why.
         filter_fn: called with (name, module) of each block; where it returns False the block is left alone.
         backend: run on this backend alone ("native", "onednn", "cudnn", "torch"); None chooses per op.
         strict: raise :class:`FuseError`, and leave the model as it was, if a block cannot be fused whole.
@@ -272,7 +273,7 @@ def register_block(cls: type[nn.Module], adapter: Callable[[Any], BlockPlan | st
 
 
 class Row(NamedTuple):
-    """One row of :func:`explain`. ``status``: "fused", "partly" or "not", after fuse() what is, before it what would be."""
+    """One row of :func:`explain`. ``status``: "fused", "partly" or "not"; before fuse() what it would be."""
 
     name: str
     kind: str
@@ -295,7 +296,9 @@ class Explanation(list[Row]):
         cells = [("name", "kind", "status", "reason")]
         cells += [(row.name or "(root)", row.kind, row.status, row.reason) for row in self]
         widths = [max(len(row[i]) for row in cells) for i in range(3)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in cells]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in cells
+        ]
         return "\n".join([title, *lines])
 
     __repr__ = __str__
@@ -320,8 +323,8 @@ def _row(candidate: _Candidate) -> Row:
 def explain(model: nn.Module) -> Explanation:
     """What of ``model`` is fused and why the rest is not; before fuse(): what would be.
 
-    Returns rows with ``.name``, ``.kind``, ``.status`` ("fused", "partly", "not") and ``.reason``; prints as a table. Every
-    convolution and batch norm is accounted for: in a row of its own, or within its block's. Nothing is changed.
+    Returns rows with ``.name``, ``.kind``, ``.status`` ("fused", "partly", "not") and ``.reason``; prints as a table.
+    Every convolution and batch norm is accounted for: in a row of its own, or within its block's. Nothing is changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")

@@ -1,8 +1,8 @@
 """Fused modules to build networks from: ConvBnAct2d, BasicBlock, Bottleneck, Stem.
 
-Each can be built by itself or ``from_modules(...)``, which takes over existing modules (and so their parameters, buffers
-and hooks). The blocks' keys are torchvision's. They run the same plans as ``fuse()``'d models; where a guard fails (a hook on
-an inner module, say), they run their submodules one after the other.
+Each can be built by itself or ``from_modules(...)``, which takes over existing modules (and so their parameters,
+buffers and hooks). The blocks' keys are torchvision's. They run the same plans as ``fuse()``'d models; where a guard
+fails (a hook on an inner module, say), they run their submodules one after the other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import FoldCache
+from .folding import FoldCache
 from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, run, run_unfused
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvBnAct2d", "Stem"]
@@ -52,10 +52,10 @@ def _expect(name: str, module: object, *kinds: type) -> None:
         raise TypeError(f"{name}: found {type(module).__name__}, supported: {supported}")
 
 
-def _conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
-    )
+def _conv_bn(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv, nn.BatchNorm2d(out_channels)
 
@@ -111,7 +111,7 @@ class ConvBnAct2d(_Fused):
         _expect("bn", bn, nn.Module)
         self = cls.__new__(cls)
         _Fused.__init__(self)
-        self.conv, self.bn, self.relu = conv, bn, relu
+        self.conv, self.bn, self.relu = conv, bn, relu  # type: ignore[assignment]
         self.training = bn.training
         return self
 
@@ -145,7 +145,9 @@ class _Residual(_Fused):
     @property
     def plan(self) -> BlockPlan:  # type: ignore[override]
         side = self.downsample
-        key = "identity" if side is None else "projection" if type(side) is nn.Sequential and len(side) == 2 else "opaque"
+        key = (
+            "identity" if side is None else "projection" if type(side) is nn.Sequential and len(side) == 2 else "opaque"
+        )
         return _PLANS[self._kind, key]
 
     @classmethod
@@ -185,7 +187,8 @@ class BasicBlock(_Residual):
         channels: channels of both convolutions, and of z.
         stride: of conv1 and of the shortcut.
 
-    (N, in_channels, H, W) -> (N, channels, H / stride, W / stride). The shortcut is a projection where the shape changes.
+    (N, in_channels, H, W) -> (N, channels, H / stride, W / stride). The shortcut is a projection where the shape
+    changes.
     """
 
     expansion = 1
@@ -261,7 +264,7 @@ class Stem(_Fused):
         _expect("bn1", bn1, nn.Module)
         self = cls.__new__(cls)
         _Fused.__init__(self)
-        self.conv1, self.bn1 = conv1, bn1
+        self.conv1, self.bn1 = conv1, bn1  # type: ignore[assignment]
         self.maxpool = nn.Identity() if maxpool is None else maxpool
         self.training = bn1.training
         return self

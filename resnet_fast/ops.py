@@ -6,10 +6,11 @@ can (see :mod:`resnet_fast.dispatch`); ``ops.affine_act.definition(...)`` runs t
 
 Conventions, for all ops:
 
-* ``x`` (N, C, H, W) input, ``w`` (K, C // groups, R, S) weight, ``y`` (N, K, P, Q) convolution output, ``z`` (N, K, P, Q)
-  activation; NPQ = N * P * Q. Activations are float32, bfloat16 or float16 (float64 in the definitions alone) and
+* ``x`` (N, C, H, W) input, ``w`` (K, C // groups, R, S) weight, ``y`` (N, K, P, Q) convolution output, ``z`` (N, K, P,
+  Q) activation; NPQ = N * P * Q. Activations are float32, bfloat16 or float16 (float64 in the definitions alone) and
   channels-last; other layouts are converted, outputs are always channels-last.
-* Per-channel vectors (``mean``, ``var``, ``scale``, ``shift``, sums) are (K,) float32 (float64 beside float64 activations).
+* Per-channel vectors (``mean``, ``var``, ``scale``, ``shift``, sums) are (K,) float32 (float64 beside float64
+  activations).
 * ``relu`` keeps NaN. A gradient passes the ReLU where its output is not <= 0, as in torch.
 * A *lazy activation* is (y, scale, shift) and means relu(y * scale + shift). A *lazy gradient* is (g, y, mean, a, b, c)
   and means a * g + b * (y - mean) + c. Either may stand where a convolution expects its operand, so that a backend

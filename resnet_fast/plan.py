@@ -1,12 +1,13 @@
 """Which submodules make up a block, the guards that are checked at every forward, and the fused forward itself.
 
-A plan names submodules by their paths and never holds them: what is replaced inside a block (SyncBatchNorm, frozen batch
-norm, DataParallel's replicas) is seen at the next forward. Where a guard fails, the block's own forward runs.
+A plan names submodules by their paths and never holds them: what is replaced inside a block (SyncBatchNorm, frozen
+batch norm, DataParallel's replicas) is seen at the next forward. Where a guard fails, the block's own forward runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.modules import module as nn_module
 
 from . import functional as f
 from .dispatch import use_backend
+from .folding import FoldCache, folded_block
 
 __all__ = ["BlockPlan", "ConvBnPath", "HostPlan", "Opaque", "Refusal", "find", "run", "run_unfused", "why_not_now"]
 
@@ -65,9 +67,7 @@ class BlockPlan:
     def paths(self) -> tuple[str, ...]:
         """Every submodule that the fused forward takes over."""
         convs = (*self.layers, self.shortcut) if isinstance(self.shortcut, ConvBnPath) else self.layers
-        return tuple(
-            dict.fromkeys(p for c in convs for p in (c.conv, c.bn, c.act) if isinstance(p, str))
-        )
+        return tuple(dict.fromkeys(p for c in convs for p in (c.conv, c.bn, c.act) if isinstance(p, str)))
 
     @property
     def what(self) -> str:
@@ -100,8 +100,8 @@ class HostPlan:
         kind: the word for it in explain().
         parts: the sequences, as chains (``shortcut=None``).
         method: the method of the module that is replaced.
-        forward: ``forward(module, x, part)``: that method's text, with ``part(i, x)`` in place of ``parts[i]``. May raise
-            Refusal before anything else, if the module is no longer what it was planned for.
+        forward: ``forward(module, x, part)``: that method's text, with ``part(i, x)`` in place of ``parts[i]``. May
+            raise Refusal before anything else, if the module is no longer what it was planned for.
     """
 
     kind: str
@@ -110,15 +110,26 @@ class HostPlan:
     forward: Callable[[Any, Tensor, Part], Any]
 
 
+_names = functools.lru_cache(maxsize=4096)(lambda path: tuple(path.split(".")))
+
+
 def find(module: nn.Module, path: str) -> Any:
-    """The submodule at ``path``, None if it is absent."""
+    """The submodule at ``path``; None if it is absent, or None itself."""
     found: Any = module
-    for part in path.split("."):
+    for name in _names(path):
         modules = getattr(found, "_modules", None)
-        if modules is None or part not in modules:
-            return getattr(found, part, None) if found is not None else None
-        found = modules[part]
+        if modules is None:
+            return None
+        found = modules[name] if name in modules else getattr(found, name, None)
     return found
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """``module.name`` for a parameter or buffer, past nn.Module.__getattr__: this runs hundreds of times a forward."""
+    for home in (module._parameters, module._buffers):
+        if name in home:
+            return home[name]
+    return getattr(module, name, None)
 
 
 def _check_plain(path: str, m: nn.Module) -> None:
@@ -165,39 +176,36 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
     """The layer as tensors and numbers, as it stands at this moment."""
     conv = _conv(module, paths.conv)
     bn = find(module, paths.bn)
-    common = {
-        "weight": conv.weight,
-        "bias": conv.bias,
-        "gamma": getattr(bn, "weight", None),
-        "beta": getattr(bn, "bias", None),
-        "stride": conv.stride,
-        "padding": conv.padding,
-        "dilation": conv.dilation,
-        "groups": conv.groups,
-        "relu": _relu(module, paths.act),
-    }
-    if _is_frozen(bn):
-        _check_plain(paths.bn, bn)
-        return f.ConvBn(
-            **common, running_mean=bn.running_mean, running_var=bn.running_var, eps=bn.eps, batch_stats=False
-        )
-    if type(bn) is nn.SyncBatchNorm:
-        if bn.training:
-            raise Refusal(f"{paths.bn} is SyncBatchNorm in training, supported are BatchNorm2d and eval")
-    elif type(bn) is not nn.BatchNorm2d:
-        raise Refusal(f"{paths.bn} is {type(bn).__name__}, supported is torch.nn.BatchNorm2d")
-    _check_plain(paths.bn, bn)
+    relu = _relu(module, paths.act)
+    weight, bias = _tensor(conv, "weight"), _tensor(conv, "bias")
     # nn.BatchNorm2d.forward's rules: what it normalises by, and whether it updates its buffers.
-    has_running = bn.running_mean is not None or bn.running_var is not None
-    keeps = not bn.training or bn.track_running_stats
+    kind, training, keeps, momentum, counter = type(bn), False, True, None, None
+    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
+        training = bn.training
+        if training:
+            if kind is nn.SyncBatchNorm:
+                raise Refusal(f"{paths.bn} is SyncBatchNorm in training, supported are BatchNorm2d and eval")
+            keeps, momentum, counter = bn.track_running_stats, bn.momentum, _tensor(bn, "num_batches_tracked")
+    elif not _is_frozen(bn):
+        raise Refusal(f"{paths.bn} is {kind.__name__}, supported is torch.nn.BatchNorm2d")
+    _check_plain(paths.bn, bn)
+    mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
     return f.ConvBn(
-        **common,
-        running_mean=bn.running_mean if keeps else None,
-        running_var=bn.running_var if keeps else None,
-        num_batches_tracked=bn.num_batches_tracked if bn.training and keeps else None,
-        eps=bn.eps,
-        momentum=bn.momentum,
-        batch_stats=bn.training or not has_running,
+        weight,
+        _tensor(bn, "weight"),
+        _tensor(bn, "bias"),
+        mean if keeps else None,
+        var if keeps else None,
+        counter if keeps else None,
+        bias,
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+        bn.eps,
+        momentum,
+        training or (mean is None and var is None),
+        relu,
     )
 
 
@@ -225,7 +233,7 @@ def why_not_now(module: nn.Module, plan: BlockPlan) -> str | None:
 
 
 def _transformed() -> bool:
-    """Inside torch.compile, torch.jit.trace, torch.func transforms or forward-mode AD, which must see torch's own ops."""
+    """Inside torch.compile, torch.jit.trace, torch.func or forward-mode AD, which must see torch's own ops."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -262,7 +270,7 @@ def _needs_grad(x: Tensor, residual: Tensor | None, layers: list[f.ConvBn]) -> b
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: f.FoldCache, backend: str | None = None) -> Tensor:
+def run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, backend: str | None = None) -> Tensor:
     """The fused forward of ``module``. Raises Refusal, before anything was changed, where the original must run."""
     if _transformed():
         raise Refusal("inside a transform of torch")
@@ -281,7 +289,7 @@ def _run(
     module: nn.Module,
     plan: BlockPlan,
     x: Tensor,
-    cache: f.FoldCache,
+    cache: FoldCache,
     layers: list[f.ConvBn],
     projection: f.ConvBn | None,
     every: list[f.ConvBn],
@@ -295,7 +303,7 @@ def _run(
             operand, residual = x.to(dtype), None if residual is None else residual.to(dtype)
         folded = cache.get(operand, every)
         if folded is not None:
-            z = f.folded_block(
+            z = folded_block(
                 operand,
                 folded[: len(layers)],
                 projection=folded[-1] if projection else None,

@@ -1,10 +1,10 @@
 """How whole models are compared: the original, the fused one, and the original in float64 as the judge.
 
-Outputs and running statistics obey the house's rule, max|ours - ref64| <= 2 max|torch - ref64| + 4 eps max|ref64|, with torch's
-error the larger one of its NCHW and channels-last runs: one run of a whole network is a single draw of its rounding errors.
-Gradients of a whole network do not obey any rule element by element: where rounding moves one activation across 0, torch's own
-gradient jumps by a finite amount too. They are judged by their relative L2 error over the network, beside torch's; the rule per
-element holds them per block (test_functional.py, test_modules.py).
+Outputs and running statistics obey the house's rule, max|ours - ref64| <= 2 max|torch - ref64| + 4 eps max|ref64|,
+with torch's error the larger one of its NCHW and channels-last runs: one run of a whole network is a single draw of
+its rounding errors. Gradients of a whole network do not obey any rule element by element: where rounding moves one
+activation across 0, torch's own gradient jumps by a finite amount too. They are judged by their relative L2 error over
+the network, beside torch's; the rule per element holds them per block (test_functional.py, test_modules.py).
 """
 
 from __future__ import annotations

@@ -37,9 +37,7 @@ needs_native = pytest.mark.skipif(_why_no_native is not None, reason=f"native: {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("op, variant, name, device, dtype", variants(*OPS))
-def test_matches_float64(
-    op: str, variant: str, name: str, device: str, dtype: torch.dtype, case: Case
-) -> None:
+def test_matches_float64(op: str, variant: str, name: str, device: str, dtype: torch.dtype, case: Case) -> None:
     check(op, inputs(op, case, dtype, device, variant=variant), name)
 
 
@@ -109,7 +107,7 @@ def test_gradient_passes_where_torchs_does(name: str, device: str, dtype: torch.
 
 @pytest.mark.parametrize("name, device, dtype", backends("bn_stats"))
 def test_mean_of_a_thousand_deviations(name: str, device: str, dtype: torch.dtype) -> None:
-    """E[y^2] - E[y]^2 would leave nothing of the variance. (No ReLU: where its border lies is rounding's choice here.)"""
+    """E[y^2] - E[y]^2 would leave nothing of the variance. (No ReLU: rounding chooses where its border lies.)"""
     for op, variant in (("bn_stats", "plain"), ("bn_backward_sums", "linear"), ("bn_backward_apply", "linear")):
         kwargs = inputs(op, THREADS, torch.float32, device, variant=variant)
         kwargs["y"] = (kwargs["y"] + 1000).to(dtype)

@@ -164,18 +164,18 @@ def test_prepared_weight(name: str, device: str, dtype: torch.dtype, case: Case)
 # ---- what the ops refuse
 
 
-def _wrong(name: str, t: torch.Tensor) -> list[torch.Tensor]:
+def _wrong(t: torch.Tensor, operand: bool) -> list[torch.Tensor]:
     """The argument with shapes and dtypes that it must not have."""
     if t.dim() == 1:
         return [t.repeat(2), t[:1], t[None]]
-    if name in ("x", "w"):  # torch's own convolution refuses these, in its own words
+    if operand:
         return [t[:, :2], t[0, 0]]
     return [t.bfloat16(), t[:, :, 1:], t[:, :1], t[:1, :, :1, :1]]
 
 
 @pytest.mark.parametrize("op, variant, name, device, dtype", variants(*OPS, dtypes=[torch.float32]))
 def test_wrong_arguments(op: str, variant: str, name: str, device: str, dtype: torch.dtype) -> None:
-    """Called as dispatch calls it. What a kernel or a library reads by address is refused by name, before it is read."""
+    """Called as dispatch calls it. What is read by address is refused by name, before it is read."""
     if name == "torch":
         pytest.skip("the definitions leave it to torch's own functions")
     function = getattr(backend(name), op)
@@ -183,16 +183,17 @@ def test_wrong_arguments(op: str, variant: str, name: str, device: str, dtype: t
     for key, value in inputs(op, BY_NAME["K9"], dtype, device, variant=variant).items():
         if not isinstance(value, torch.Tensor):
             continue
-        for wrong in _wrong(key, value):
+        # The convolution's own operands, which torch refuses in its own words.
+        operand = key in ("x", "w") or (key == "g" and "y" not in VARIANTS[op][variant])
+        for wrong in _wrong(value, operand):
             what = f"{key} {tuple(wrong.shape)} {wrong.dtype}"
             try:
                 function(**{**inputs(op, BY_NAME["K9"], dtype, device, variant=variant), key: wrong})
                 accepted.append(what)
             except (ValueError, RuntimeError) as error:
-                # y and g (dz) are held against each other
+                # y and g (there called dz) are held against each other.
                 names = ("dz: found", "y: found") if key in ("g", "y") else (f"{key}: found",)
-                torchs_own = key in ("x", "w") or (key == "g" and "y" not in VARIANTS[op][variant])
-                if not torchs_own and not str(error).startswith(names):
+                if not operand and not str(error).startswith(names):
                     nameless.append(f"{what}: {error}")
     assert not accepted
     assert not nameless

@@ -1,4 +1,4 @@
-"""fuse() on segmentation_models_pytorch: torchvision's blocks in an encoder with a forward of its own, Sequential decoders."""
+"""fuse() on segmentation_models_pytorch: torchvision's blocks in encoders of its own, decoders of Sequentials."""
 
 from __future__ import annotations
 

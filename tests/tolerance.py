@@ -33,15 +33,26 @@ def name_of(dtype: torch.dtype) -> str:
 # ---- the rule
 
 
-def assert_close(ours: Tensor | None, ref64: Tensor | None, torchs: Tensor | None, what: str = "result") -> None:
-    """The rule, for one tensor. A gradient may be None, if it is None in all three."""
+def assert_close(
+    ours: Tensor | None,
+    ref64: Tensor | None,
+    torchs: Tensor | None,
+    what: str = "result",
+    again: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """The rule, for one tensor. A gradient may be None, if it is None in all three.
+
+    ``again`` is a second run of torch, in another layout: one run of a whole block is a single draw of its rounding
+    errors, so the larger of the two counts. ``dtype``: that of the arithmetic, where autocast makes it another than ours.
+    """
     if ours is None or ref64 is None or torchs is None:
         assert ours is None and ref64 is None and torchs is None, f"{what}: some are None, some are not"
         return
     assert ours.shape == ref64.shape == torchs.shape, f"{what}: {ours.shape}, {ref64.shape}, {torchs.shape}"
     if ours.numel() == 0:
         return
-    eps = torch.finfo(ours.dtype).eps
+    eps = torch.finfo(dtype or ours.dtype).eps
     ours, ref64, torchs = (t.detach().to("cpu", torch.float64) for t in (ours, ref64, torchs))
     # What is finite in float64 may overflow in torch's own dtype: ours must do as torch does.
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
@@ -51,6 +62,8 @@ def assert_close(ours: Tensor | None, ref64: Tensor | None, torchs: Tensor | Non
     if not finite.any():
         return
     error, torchs_error = ((t - ref64)[finite].abs().amax().item() for t in (ours, torchs))
+    if again is not None:
+        torchs_error = max(torchs_error, (again.detach().cpu() - ref64)[finite].abs().amax().item())
     largest = ref64[finite].abs().amax().item()
     bound = 2 * torchs_error + 4 * eps * largest
     assert error <= bound, (

@@ -3,18 +3,17 @@
 // setup.py compiles this file once per instruction set, each into a namespace of its own; isa.cpp
 // picks one. Arithmetic is fp32 whatever the storage. Tiles follow from the shape alone and are
 // merged in order, so results do not depend on the number of threads.
-#include <type_traits>
-
 #include "isa.h"
 #include "vec.h"
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
 namespace {
 
-// A tile is at most 32 KB of fp32: read once from memory, it stays in L1 for a second pass. A sum
-// down its rows is fp32, and its rounding error grows with them: over 128 it is 2 eps or so.
+// A sum down a tile's rows is fp32, and its rounding error grows with them: over 128 it is 2 eps or
+// so. 64 channels are four vectors of AVX-512: their sums stay in registers.
 constexpr int64_t BLOCK_NPQ = 128;
 constexpr int64_t BLOCK_K = 64;
+constexpr int64_t PIVOT_ROWS = 8;
 // Waking the other threads costs more than this many elements.
 constexpr int64_t SERIAL = 32768;
 
@@ -63,19 +62,29 @@ void for_each_vector(int64_t npq, int64_t k, Body body) {
   }
 }
 
-/// The sums of WIDTH vectors of channels down a tile, in registers.
-template <int WIDTH, int SUMS, class Add, class Lanes>
+/// The sums of WIDTH vectors of channels down a tile, in registers. Row r goes to chain r % CHAINS:
+/// short sums round less, and one addition need not wait for the last.
+template <int WIDTH, int CHAINS, int SUMS, class Add, class Lanes>
 void sum_strip(const Tile& tile, int64_t k, int64_t channel, Lanes lanes, Add add,
                float* const (&out)[SUMS]) {
-  Vec sums[WIDTH][SUMS] = {};
-  for (int64_t row = tile.row; row < tile.row_end; ++row) {
+  Vec sums[CHAINS][WIDTH][SUMS] = {};
+  const auto add_row = [&](int64_t row, Vec(&chain)[WIDTH][SUMS]) {
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t c = channel + i * LANES;
-      add(row * k + c, c, lanes, sums[i]);
+      add(row * k + c, c, lanes, chain[i]);
     }
+  };
+  int64_t row = tile.row;
+  for (; row + CHAINS <= tile.row_end; row += CHAINS) {
+    for (int chain = 0; chain < CHAINS; ++chain) add_row(row + chain, sums[chain]);
   }
+  for (; row < tile.row_end; ++row) add_row(row, sums[0]);
   for (int i = 0; i < WIDTH; ++i) {
-    for (int s = 0; s < SUMS; ++s) store(out[s] + channel + i * LANES, sums[i][s], lanes);
+    for (int s = 0; s < SUMS; ++s) {
+      Vec sum = sums[0][i][s];
+      for (int chain = 1; chain < CHAINS; ++chain) sum += sums[chain][i][s];
+      store(out[s] + channel + i * LANES, sum, lanes);
+    }
   }
 }
 
@@ -83,17 +92,17 @@ void sum_strip(const Tile& tile, int64_t k, int64_t channel, Lanes lanes, Add ad
 /// its channels' SUMS sums, which go to out[0..SUMS) at the tile's channels.
 template <int SUMS, class Add>
 void sum_tile(const Tile& tile, int64_t k, const Add& add, float* const (&out)[SUMS]) {
-  constexpr int WIDTH = 4;
+  constexpr int WIDTH = REGISTERS / 8;  // times two chains of up to three sums: most registers
   int64_t channel = tile.channel;
   for (; channel + WIDTH * LANES <= tile.channel_end; channel += WIDTH * LANES) {
-    sum_strip<WIDTH>(tile, k, channel, All{}, add, out);
+    sum_strip<WIDTH, 2>(tile, k, channel, All{}, add, out);
   }
   for (; channel + LANES <= tile.channel_end; channel += LANES) {
-    sum_strip<1>(tile, k, channel, All{}, add, out);
+    sum_strip<1, 4>(tile, k, channel, All{}, add, out);
   }
   if (channel < tile.channel_end) {
     const First lanes{static_cast<int>(tile.channel_end - channel)};
-    sum_strip<1>(tile, k, channel, lanes, add, out);
+    sum_strip<1, 4>(tile, k, channel, lanes, add, out);
   }
 }
 
@@ -145,51 +154,48 @@ void reduce(int64_t npq, int64_t k, float* workspace, const Add& add, float* con
 
 int64_t bn_workspace(int64_t npq, int64_t k) { return 3 * Tiles{npq, k}.row_blocks() * k; }
 
+/// `mean` less what lies below 2^-13 of `size`, or 0 if that is not finite. In sums of y - pivot a
+/// pivot of many bits would be rounded the same way at every addition, where y itself has few.
+float coarse(float mean, float size) {
+  const float anchor = 1024 * size;
+  const float pivot = (mean + anchor) - anchor;
+  return pivot - pivot == 0 ? pivot : 0;
+}
+
 // mean = sum(y) / NPQ;  var = sum((y - mean)^2) / NPQ
 // Shapes    y (NPQ, K) channels-last; mean, var (K,) fp32; workspace (3, row blocks, K) fp32
 // Tiles     BLOCK_NPQ x BLOCK_K; a thread takes a run of them, channel blocks first
-// Traffic   reads y once from memory, NPQ * K * itemsize, and once from L1
-// Numerics  per tile, in fp32, the mean, what rounding took from it (the residue, n times that),
-// and
-//           M2; tiles merged in double, in order, by Chan's formula (Chan, Golub, LeVeque 1979):
-//           var is good to 4 eps at |mean| / std = 1000
+// Traffic   reads y: NPQ * K * itemsize, once
+// Numerics  per tile, in fp32, sums of y - pivot and of its square, the pivot near the mean; tiles
+//           merged in double, in order, by Chan's formula (Chan, Golub, LeVeque 1979): var is good
+//           to 4 eps at |mean| / std = 1000
 // Source    ops.bn_stats; docs/bn_act.md
 template <class T>
-void bn_stats_tile(const T* y, const Tile& tile, int64_t k, float* mean, float* m2,
-                   float* residue) {
+void bn_stats_tile(const T* y, const Tile& tile, int64_t k, float* pivot, float* residue,
+                   float* m2) {
+  // Any pivot is right; one within a few std of the tile's mean is also accurate. The mean of the
+  // first rows is at worst sqrt(BLOCK_NPQ / PIVOT_ROWS) std away.
+  Tile head = tile;
+  head.row_end = smaller(tile.row + PIVOT_ROWS, tile.row_end);
+  const auto add_head = [=](int64_t offset, int64_t, auto lanes, Vec(&sums)[2]) {
+    const Vec value = load(y + offset, lanes);
+    sums[0] += value;
+    sums[1] += absolute(value);
+  };
+  sum_tile<2>(head, k, add_head, {pivot, m2});
+  const float rows = static_cast<float>(head.row_end - head.row);
+  for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
+    pivot[c] = coarse(pivot[c] / rows, m2[c] / rows);
+  }
+
+  const auto add = [=](int64_t offset, int64_t channel, auto lanes, Vec(&sums)[2]) {
+    const Vec d = load(y + offset, lanes) - load(pivot + channel, lanes);
+    sums[0] += d;
+    sums[1] = fma(d, d, sums[1]);
+  };
+  sum_tile<2>(tile, k, add, {residue, m2});
   const float n = static_cast<float>(tile.row_end - tile.row);
-  const int64_t next_tile = tile.channel_end < k ? BLOCK_K : BLOCK_NPQ * k - tile.channel;
-
-  const auto add = [=](int64_t offset, int64_t, auto lanes, Vec(&sums)[1]) {
-    sums[0] += load(y + offset, lanes);
-  };
-  sum_tile<1>(tile, k, add, {residue});
   for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-    mean[c] = residue[c] / n;
-    residue[c] = __builtin_fmaf(-n, mean[c], residue[c]);
-  }
-
-  // The sum of 128 halves is as good as exact. That of floats far from 0 is not: add y - mean too.
-  constexpr int SUMS = std::is_same_v<T, float> ? 2 : 1;
-  const auto add_centred = [=](int64_t offset, int64_t channel, auto lanes, Vec(&sums)[SUMS]) {
-    const Vec d = load(y + offset, lanes) - load(mean + channel, lanes);
-    sums[0] = fma(d, d, sums[0]);
-    if constexpr (SUMS == 2) sums[1] += d;
-    // Memory works on the next tile while this second pass computes.
-    __builtin_prefetch(y + offset + next_tile);
-  };
-  if constexpr (SUMS == 2) {
-    float centred[BLOCK_K];
-    sum_tile<2>(tile, k, add_centred, {m2, centred - tile.channel});
-    for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-      if (m2[c] < n * mean[c] * mean[c]) residue[c] = centred[c - tile.channel];
-    }
-  } else {
-    sum_tile<1>(tile, k, add_centred, {m2});
-  }
-
-  for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-    if (residue[c] != residue[c]) residue[c] = 0;  // an infinite mean stays infinite, as in torch
     m2[c] -= residue[c] * residue[c] / n;
   }
 }
@@ -200,13 +206,13 @@ void bn_stats_kernel(const BnStats& args) {
   const Tiles tiles{args.npq, args.k};
   const int64_t k = args.k;
   const int64_t plane = tiles.row_blocks() * k;
-  float* means = args.workspace;
-  float* m2s = means + plane;
-  float* residues = m2s + plane;
+  float* pivots = args.workspace;
+  float* residues = pivots + plane;
+  float* m2s = residues + plane;
 
   for_each_tile(tiles, [&](const Tile& tile) {
     const int64_t row = tile.index * k;
-    bn_stats_tile(y, tile, k, means + row, m2s + row, residues + row);
+    bn_stats_tile(y, tile, k, pivots + row, residues + row, m2s + row);
   });
 
   for_each_channel_block(tiles, [&](int64_t first, int64_t last) {
@@ -214,12 +220,12 @@ void bn_stats_kernel(const BnStats& args) {
     double mean[BLOCK_K], m2[BLOCK_K];
     merge(tiles, first, last, mean, [&](int64_t index, int64_t c) {
       const double n = static_cast<double>(tiles.rows(index));
-      return n * means[index * k + c] + residues[index * k + c];
+      return n * pivots[index * k + c] + residues[index * k + c];
     });
     for (double& m : mean) m /= npq;
     merge(tiles, first, last, m2, [&](int64_t index, int64_t c) {
       const double n = static_cast<double>(tiles.rows(index));
-      const double d = means[index * k + c] - mean[c - first] + residues[index * k + c] / n;
+      const double d = pivots[index * k + c] - mean[c - first] + residues[index * k + c] / n;
       return m2s[index * k + c] + d * d * n;
     });
     for (int64_t c = first; c < last; ++c) {

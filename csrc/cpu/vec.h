@@ -23,6 +23,12 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));
@@ -55,6 +61,8 @@ RESNET_FAST_INLINE Vec relu(Vec value) { return value < Vec{} ? Vec{} : value; }
 
 /// value where gate > 0 or gate is NaN, else 0: torch's threshold_backward.
 RESNET_FAST_INLINE Vec where_active(Vec gate, Vec value) { return gate <= Vec{} ? Vec{} : value; }
+
+RESNET_FAST_INLINE Vec absolute(Vec value) { return (Vec)((VecBits)value & 0x7fffffff); }
 
 template <class V, class T>
 RESNET_FAST_INLINE V load_bits(const T* p) {

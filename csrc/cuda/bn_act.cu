@@ -216,44 +216,60 @@ __global__ void __launch_bounds__(THREADS)
 
 // ---- Reductions, stage 1: row blocks into the workspace
 
-/// Mean and M2 of a thread's rows, batch by batch, each by two passes over registers.
+/// `mean` less what lies below 2^-13 of `largest`, or 0 if that is not finite. In sums of y - pivot
+/// a pivot of many bits would be rounded the same way at every addition, where y itself has few.
+__device__ inline float coarse(float mean, float largest) {
+  const float anchor = 1024 * largest;
+  const float pivot = __fadd_rn(__fadd_rn(mean, anchor), -anchor);
+  return pivot - pivot == 0 ? pivot : 0.0f;
+}
+
+/// Sums of y - pivot and of its square over a thread's rows, which come in batches of BATCH.
 template <class T, int WIDTH, int BATCH>
 struct Moments {
-  float mean[WIDTH] = {};
-  float m2[WIDTH] = {};
+  float pivot[WIDTH] = {};
+  float residue[WIDTH] = {};
+  float square[WIDTH] = {};
   float n = 0;
 
-  __device__ void add(const Pack<T, WIDTH> (&batch)[BATCH], int rows) {
-    const float m = static_cast<float>(rows);
-    const float total = n + m;
-    const float weight = m / total;
+  /// Any pivot is right; one within a few std of the mean is also accurate: the first rows' mean.
+  __device__ void choose_pivot(const Pack<T, WIDTH> (&batch)[BATCH], int rows) {
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
-      float sum = 0;
-#pragma unroll
-      for (int r = 0; r < BATCH; ++r) sum += r < rows ? load_float(batch[r].value[i]) : 0.0f;
-      const float batch_mean = sum / m;
-      float batch_m2 = 0;
+      float sum = 0, largest = 0;
 #pragma unroll
       for (int r = 0; r < BATCH; ++r) {
-        const float d = r < rows ? load_float(batch[r].value[i]) - batch_mean : 0.0f;
-        batch_m2 = __fmaf_rn(d, d, batch_m2);
+        const float value = r < rows ? load_float(batch[r].value[i]) : 0.0f;
+        sum += value;
+        largest = fmaxf(largest, fabsf(value));
       }
-      const float delta = batch_mean - mean[i];
-      m2[i] += __fmaf_rn(delta, delta * (n * weight), batch_m2);
-      // An infinite mean must stay infinite, as in torch, and not become Inf - Inf.
-      mean[i] = isinf(mean[i]) ? mean[i] + batch_mean : __fmaf_rn(delta, weight, mean[i]);
+      pivot[i] = coarse(sum / static_cast<float>(rows), largest);
     }
-    n = total;
+  }
+
+  __device__ void add(const Pack<T, WIDTH> (&batch)[BATCH], int rows) {
+    if (n == 0) choose_pivot(batch, rows);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+#pragma unroll
+      for (int r = 0; r < BATCH; ++r) {
+        const float d = r < rows ? load_float(batch[r].value[i]) - pivot[i] : 0.0f;
+        residue[i] += d;
+        square[i] = __fmaf_rn(d, d, square[i]);
+      }
+    }
+    n += static_cast<float>(rows);
   }
 };
 
-// mean = sum(y) / NPQ;  var = sum((y - mean)^2) / NPQ: per row block the mean, and M2 about it
-// Shapes    y (NPQ, K) channels-last; workspace (3, row blocks, K) fp32: mean, M2, residue
+// mean = sum(y) / NPQ;  var = sum((y - mean)^2) / NPQ: per row block the mean, what rounding took
+// from it (the residue, n times that), and M2
+// Shapes    y (NPQ, K) channels-last; workspace (3, row blocks, K) fp32: mean, residue, M2
 // Tiles     a block per block_npq rows x lanes * WIDTH channels
-// Traffic   reads y: NPQ * K * itemsize, once; the second pass is over registers
-// Numerics  fp32: batches of BATCH rows a thread, threads of a block, and then (in double) blocks
-//           are merged by Chan's formula in a fixed order (Chan, Golub, LeVeque 1979)
+// Traffic   reads y: NPQ * K * itemsize, once
+// Numerics  fp32 sums of y - pivot and of its square, a pivot per thread and near the mean; threads
+//           of a block, and then (in double) blocks are merged by Chan's formula in a fixed order
+//           (Chan, Golub, LeVeque 1979): var is good to 4 eps at |mean| / std = 1000
 // Source    ops.bn_stats; docs/bn_act.md
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(THREADS)
@@ -278,21 +294,23 @@ __global__ void __launch_bounds__(THREADS)
   }
 
   const float n = static_cast<float>(at.last_row - at.row_block * block_npq);
-  float mean[WIDTH];
+  float mean[WIDTH], residue[WIDTH], m2[WIDTH];
 #pragma unroll
-  for (int i = 0; i < WIDTH; ++i) mean[i] = own.n * own.mean[i];
+  for (int i = 0; i < WIDTH; ++i) mean[i] = __fmaf_rn(own.n, own.pivot[i], own.residue[i]);
   sum_rows(mean);
-  // The mean was rounded: the residue, n times what it lost, goes on beside it and corrects M2.
-  float residue[WIDTH], m2[WIDTH];
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) {
     mean[i] /= n;
-    const float d = own.n > 0 ? own.mean[i] - mean[i] : 0.0f;
-    residue[i] = own.n * d;
-    m2[i] = __fmaf_rn(d, residue[i], own.m2[i]);
+    residue[i] = m2[i] = 0;
+    if (own.n > 0) {
+      const float r = own.residue[i];
+      residue[i] = __fmaf_rn(own.n, own.pivot[i] - mean[i], r);
+      m2[i] = own.square[i] - r * r / own.n + residue[i] * residue[i] / own.n;
+    }
   }
   sum_rows(residue);
   sum_rows(m2);
+
   if (inside && threadIdx.y == 0) {
     const int64_t plane = row_blocks * k;
     float* out = workspace + at.row_block * k + at.channel;
@@ -300,8 +318,8 @@ __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < WIDTH; ++i) {
       const float r = residue[i] == residue[i] ? residue[i] : 0.0f;  // an infinite mean stays so
       out[i] = mean[i];
-      out[plane + i] = m2[i] - r * r / n;
-      out[2 * plane + i] = r;
+      out[plane + i] = r;
+      out[2 * plane + i] = m2[i] - r * r / n;
     }
   }
 }
@@ -450,7 +468,7 @@ __device__ inline double sum_blocks(int64_t row_blocks, bool inside, Term term) 
   return sum;
 }
 
-// mean, var from the mean, M2 and residue of each row block
+// mean, var from the mean, residue and M2 of each row block
 // Shapes    workspace (3, row blocks, K) fp32; mean, var (K,) fp32
 // Tiles     a block per FINISH_CHANNELS channels
 // Traffic   reads the workspace, mostly from L2
@@ -462,8 +480,8 @@ __global__ void __launch_bounds__(FINISH_ROWS* FINISH_CHANNELS)
   const int64_t channel = int64_t{blockIdx.x} * FINISH_CHANNELS + threadIdx.x;
   const bool inside = channel < k;
   const float* means = workspace + channel;
-  const float* m2s = means + row_blocks * k;
-  const float* residues = m2s + row_blocks * k;
+  const float* residues = means + row_blocks * k;
+  const float* m2s = residues + row_blocks * k;
   const double count = static_cast<double>(npq > 0 ? npq : 1);
   const auto rows = [=](int64_t b) {
     return static_cast<double>(smaller(block_npq, npq - b * block_npq));

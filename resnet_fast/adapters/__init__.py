@@ -1,23 +1,21 @@
 """What fuse() knows of other people's classes: one small file per model family.
 
-An adapter is called with a block and returns a plan, a string (why this one cannot be fused), or None (nothing to say of
-it). It is looked up by the exact class, named by module and qualified name, so that no library is imported here:
+An adapter is called with a block and returns a plan, a string (why this one cannot be fused), or None (nothing to say
+of it). It is looked up by the exact class, named by module and qualified name, so that no library is imported here:
 a subclass may have another forward, and a class of the same name elsewhere is another class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from ..plan import BlockPlan, HostPlan
 from . import ours, segmentation_models_pytorch, sequential, timm, torchvision, transformers
+from .common import Adapter
 
 __all__ = ["Adapter", "Unfit", "look", "register"]
-
-Adapter = Callable[[Any], "BlockPlan | HostPlan | str | None"]
 
 #: Qualified class name -> adapter.
 _LIBRARIES: dict[str, Adapter] = {
@@ -45,7 +43,7 @@ def register(cls: type[nn.Module], adapter: Adapter) -> None:
 
 
 def look(module: nn.Module, cls: type[nn.Module]) -> BlockPlan | HostPlan | Unfit | None:
-    """The plan for ``module``, whose original class is ``cls``; why there is none; or None where no adapter knows it."""
+    """The plan for ``module``, of original class ``cls``; why there is none; or None where no adapter knows it."""
     adapter = _REGISTERED.get(cls) or _LIBRARIES.get(f"{cls.__module__}.{cls.__qualname__}")
     if adapter is None and cls.forward is nn.Sequential.forward:
         adapter = sequential.adapt

@@ -7,17 +7,21 @@ import functools
 import hashlib
 import inspect
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..plan import BlockPlan, ConvBnPath, HostPlan, Opaque, Part
 
-__all__ = ["BlockPlan", "ConvBnPath", "HostPlan", "Opaque", "Part", "shortcut", "text_of"]
+__all__ = ["Adapter", "BlockPlan", "ConvBnPath", "HostPlan", "Opaque", "Part", "shortcut", "text_of"]
+
+#: An adapter: a block -> its plan, the reason why it cannot be fused, or None.
+Adapter = Callable[[Any], "BlockPlan | HostPlan | str | None"]
 
 
 def shortcut(block: Any, name: str) -> ConvBnPath | Opaque | str:
-    """The shortcut in attribute ``name``: none or identity, Sequential(conv, norm), or anything else, called as it is."""
+    """The shortcut in attribute ``name``: identity, Sequential(conv, norm), or anything else, called as it is."""
     m = getattr(block, name)
     if m is None or type(m) is nn.Identity:
         return "identity"

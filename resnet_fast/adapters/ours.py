@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import BlockPlan, HostPlan, Part
+from .common import Adapter, BlockPlan, HostPlan, Part
 from .torchvision import BASIC, STEM, basic, bottleneck
 
 
@@ -35,7 +35,7 @@ def cifar_stem(net: Any) -> HostPlan:
 
 
 _HOME = "resnet_fast.models"
-ADAPTERS = {
+ADAPTERS: dict[str, Adapter] = {
     f"{_HOME}.blocks.BasicBlock": basic,
     f"{_HOME}.blocks.Bottleneck": bottleneck,
     f"{_HOME}.blocks.PlainBasicBlock": plain,

@@ -1,4 +1,4 @@
-"""segmentation_models_pytorch: the stem of its ResNet encoders. Their blocks are torchvision's; decoders are Sequentials."""
+"""segmentation_models_pytorch: the stem of its ResNet encoders. Their blocks are torchvision's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .common import HostPlan, Part, text_of
+from .common import Adapter, HostPlan, Part, text_of
 from .torchvision import STEM
 
 
@@ -31,4 +31,4 @@ def stem(net: Any) -> HostPlan | str:
     return HostPlan("stem", (STEM,), "forward", _forward)
 
 
-ADAPTERS = {"segmentation_models_pytorch.encoders.resnet.ResNetEncoder": stem}
+ADAPTERS: dict[str, Adapter] = {"segmentation_models_pytorch.encoders.resnet.ResNetEncoder": stem}

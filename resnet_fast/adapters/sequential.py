@@ -26,9 +26,7 @@ def adapt(module: Any) -> HostPlan | None:
             i += 1
             continue
         act = children[i + 2] if i + 2 < len(children) and type(children[i + 2][1]) is nn.ReLU else None
-        parts.append(
-            BlockPlan("sequence", (ConvBnPath(name, children[i + 1][0], act[0] if act else False),))
-        )
+        parts.append(BlockPlan("sequence", (ConvBnPath(name, children[i + 1][0], act[0] if act else False),)))
         steps.append(len(parts) - 1)
         i += 3 if act else 2
     if not parts:

@@ -1,7 +1,7 @@
 """timm.models.resnet: BasicBlock, Bottleneck and the stem, where nothing stands between the layers.
 
-Attention (SE, ECA), anti-aliasing, DropBlock and DropPath stand between: such a block keeps its own forward. A deep stem
-(ResNet-D) is a chain of three.
+Attention (SE, ECA), anti-aliasing, DropBlock and DropPath stand between: such a block keeps its own forward. A deep
+stem (ResNet-D) is a chain of three.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..plan import Refusal
-from .common import BlockPlan, ConvBnPath, HostPlan, Part, shortcut, text_of
+from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Part, shortcut, text_of
 
 _EXTRAS = ("se", "aa", "drop_block", "drop_path")
 
@@ -46,16 +46,14 @@ def stem(net: Any) -> HostPlan | str:
     conv1 = net.conv1
     if type(conv1) is nn.Sequential and len(conv1) == 7:
         names = list(conv1._modules)
-        deep = tuple(
-            ConvBnPath(*(f"conv1.{name}" for name in names[i : i + 3])) for i in (0, 3)
-        )
+        deep = tuple(ConvBnPath(*(f"conv1.{name}" for name in names[i : i + 3])) for i in (0, 3))
         layers = (*deep, ConvBnPath(f"conv1.{names[6]}", "bn1", "act1"))
     else:
         layers = (ConvBnPath("conv1", "bn1", "act1"),)
     return HostPlan("stem", (BlockPlan("stem", layers),), "forward_features", _forward)
 
 
-ADAPTERS = {
+ADAPTERS: dict[str, Adapter] = {
     "timm.models.resnet.BasicBlock": basic,
     "timm.models.resnet.Bottleneck": bottleneck,
     "timm.models.resnet.ResNet": stem,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import BlockPlan, ConvBnPath, HostPlan, Part, shortcut, text_of
+from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Part, shortcut, text_of
 
 STEM = BlockPlan("stem", (ConvBnPath("conv1", "bn1", "relu"),))
 BASIC = tuple(ConvBnPath(f"conv{i}", f"bn{i}", "relu") for i in (1, 2))
@@ -34,7 +34,7 @@ def stem(net: Any) -> HostPlan | str:
     return HostPlan("stem", (STEM,), "_forward_impl", _forward)
 
 
-ADAPTERS = {
+ADAPTERS: dict[str, Adapter] = {
     "torchvision.models.resnet.BasicBlock": basic,
     "torchvision.models.resnet.Bottleneck": bottleneck,
     "torchvision.models.resnet.ResNet": stem,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .common import BlockPlan, ConvBnPath, Opaque
+from .common import Adapter, BlockPlan, ConvBnPath, Opaque
 
 
 def conv_layer(layer: Any) -> BlockPlan:
@@ -21,9 +21,7 @@ def _block(kind: str, block: Any) -> BlockPlan | str:
     if not all(type(m).__name__ == "ResNetConvLayer" for m in block.layer):
         return "layer holds something other than ResNetConvLayer"
     names = list(block.layer._modules)
-    layers = [
-        ConvBnPath(f"layer.{n}.convolution", f"layer.{n}.normalization", f"layer.{n}.activation") for n in names
-    ]
+    layers = [ConvBnPath(f"layer.{n}.convolution", f"layer.{n}.normalization", f"layer.{n}.activation") for n in names]
     # The last layer has no activation of its own: the block's stands behind the sum.
     idle = (f"layer.{names[-1]}.activation",)
     layers[-1] = ConvBnPath(layers[-1].conv, layers[-1].bn, "activation")
@@ -31,9 +29,7 @@ def _block(kind: str, block: Any) -> BlockPlan | str:
     if type(side) is nn.Identity:
         return BlockPlan(kind, tuple(layers), "identity", idle)
     if type(side).__name__ == "ResNetShortCut":
-        return BlockPlan(
-            kind, tuple(layers), ConvBnPath("shortcut.convolution", "shortcut.normalization"), idle
-        )
+        return BlockPlan(kind, tuple(layers), ConvBnPath("shortcut.convolution", "shortcut.normalization"), idle)
     return BlockPlan(kind, tuple(layers), Opaque("shortcut"), idle)
 
 
@@ -46,7 +42,7 @@ def bottleneck(block: Any) -> BlockPlan | str:
 
 
 _HOME = "transformers.models.resnet.modeling_resnet"
-ADAPTERS = {
+ADAPTERS: dict[str, Adapter] = {
     f"{_HOME}.ResNetConvLayer": conv_layer,
     f"{_HOME}.ResNetShortCut": conv_shortcut,
     f"{_HOME}.ResNetBasicLayer": basic,

@@ -40,12 +40,10 @@ def conv_affine_act(
         w = (w.float() * scale.view(-1, 1, 1, 1)).to(w.dtype)
     w = w.contiguous(memory_format=torch.channels_last)
     shift = shift.to(x.dtype)
-    if relu and residual is None:
+    if residual is None and relu:
         return torch.ops.aten.cudnn_convolution_relu(x, w, shift, stride, padding, dilation, groups)
-    if relu:
+    if residual is not None and relu:
         residual = residual.contiguous(memory_format=torch.channels_last)
-        return torch.ops.aten.cudnn_convolution_add_relu(
-            x, w, residual, 1.0, shift, stride, padding, dilation, groups
-        )
+        return torch.ops.aten.cudnn_convolution_add_relu(x, w, residual, 1.0, shift, stride, padding, dilation, groups)
     z = torch.conv2d(x, w, shift, stride, padding, dilation, groups)
     return z if residual is None else z.add_(residual)

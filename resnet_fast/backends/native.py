@@ -1,7 +1,7 @@
 """Our own C++ and CUDA kernels (csrc/, built into ``resnet_fast._C``) for the memory-bound row; one path for both.
 
-Convolutions inside ``conv_stats``, ``conv_dgrad``, ``conv_wgrad`` and ``conv_affine_act`` are the library's (oneDNN on a
-CPU, cuDNN on a GPU), with our kernels around them: lazy operands are written out first.
+Convolutions inside ``conv_stats``, ``conv_dgrad``, ``conv_wgrad`` and ``conv_affine_act`` are the library's (oneDNN on
+a CPU, cuDNN on a GPU), with our kernels around them: lazy operands are written out first.
 
 The kernels see addresses. Everything they rely on (dtype, device, layout, number of elements) is brought about or
 checked in this file, before each launch.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return f"device type {device.type} (supported: cpu, cuda)"
 
 
-def _module(device: torch.device) -> ModuleType:
+def _module(device: torch.device) -> Any:
     return _C.cpu if device.type == "cpu" else _C.cuda
 
 
@@ -66,9 +65,7 @@ def _stream(device: torch.device) -> int:
 
 def _call(function: Any, device: torch.device, **arguments: Any) -> None:
     """Launch on the device's current stream. Tensors are passed by address, None as 0."""
-    addresses = {
-        k: v.data_ptr() if isinstance(v, Tensor) else 0 if v is None else v for k, v in arguments.items()
-    }
+    addresses = {k: v.data_ptr() if isinstance(v, Tensor) else 0 if v is None else v for k, v in arguments.items()}
     if device.type == "cpu":
         function(**addresses, stream=0)
         return
@@ -93,9 +90,7 @@ def _vector(name: str, v: Tensor | None, y: Tensor) -> Tensor | None:
     if v is None:
         return None
     if v.shape != (y.shape[1],) or v.device != y.device:
-        raise ValueError(
-            f"{name}: found {tuple(v.shape)} on {v.device}, expected ({y.shape[1]},) on {y.device}"
-        )
+        raise ValueError(f"{name}: found {tuple(v.shape)} on {v.device}, expected ({y.shape[1]},) on {y.device}")
     return v.to(torch.float32).contiguous()
 
 
@@ -118,8 +113,8 @@ def _workspace(y: Tensor) -> Tensor:
     return y.new_empty(_module(y.device).bn_workspace(npq=size["npq"], k=size["k"]), dtype=torch.float32)
 
 
-#: Bytes between two sampled words of a weight. At 4096, all of ResNet-50's weights cost some 0.2 ms a forward.
-_SAMPLE = 4096
+#: Bytes between two sampled words of a weight: every word sampled is a page missed by the TLB (docs/conv.md, entry 3).
+_SAMPLE = 16384
 #: Up to this many bytes (batch norm's vectors), every byte counts.
 _WHOLE = 16384
 
@@ -143,9 +138,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> int:
 def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     y = _matrix("y", y)
     mean, var = _vectors(y, 2)
-    _call(
-        _module(y.device).bn_stats, y.device, y=y, mean=mean, var=var, workspace=_workspace(y), **_size(y)
-    )
+    _call(_module(y.device).bn_stats, y.device, y=y, mean=mean, var=var, workspace=_workspace(y), **_size(y))
     return mean, var
 
 

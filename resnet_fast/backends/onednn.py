@@ -42,15 +42,13 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def conv_affine_act_prepare(
-    w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+    w: Tensor, input_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    """``w`` in the blocked layout that oneDNN's convolution wants; opaque to everyone else.
+    """``w`` in the blocked layout that oneDNN's convolution wants for this input size; opaque to everyone else.
 
-    Without an input size: what oneDNN then chooses is as fast at every batch that we measured (docs/conv.md, entry 2).
+    The size matters: a weight laid out for another one is laid out anew at every call (docs/conv.md, entry 2).
     """
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        w.contiguous(), padding, stride, dilation, groups, None
-    )
+    return torch.ops.mkldnn._reorder_convolution_weight(w.contiguous(), padding, stride, dilation, groups, input_size)
 
 
 def conv_affine_act(
@@ -71,12 +69,9 @@ def conv_affine_act(
     shift = shift.to(x.dtype)
     geometry = (padding, stride, dilation, groups)
     if residual is None:
-        act = "relu" if relu else "none"
-        z = torch.ops.mkldnn._convolution_pointwise(x, w, shift, *geometry, act, [], "")
+        z = torch.ops.mkldnn._convolution_pointwise(x, w, shift, *geometry, "relu" if relu else "none", [], "")
     else:
         act = "relu" if relu else None
         residual = residual.contiguous(memory_format=torch.channels_last)
-        z = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, w, shift, *geometry, "add", 1.0, act, [], None
-        )
+        z = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, w, shift, *geometry, "add", 1.0, act, [], None)
     return z.contiguous(memory_format=torch.channels_last)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import resnet_fast
+from resnet_fast.fuse import Explanation
 
 from . import CommandError, did_you_mean, equality, images, machine, plots, sources, tables, timing
 from .progress import Progress
@@ -166,9 +167,10 @@ def _prepare(args: argparse.Namespace, options: _Options, progress: Progress) ->
     return source, x, pictures
 
 
-def _explain(source: sources.Source, x: Tensor, options: _Options) -> resnet_fast.fuse.Explanation:
+def _explain(source: sources.Source, x: Tensor, options: _Options) -> Explanation:
     """What is fused, asked after a forward: a block that fell back then says so."""
-    model = resnet_fast.fuse(copy.deepcopy(source.model).to(options.device).to(memory_format=torch.channels_last))
+    copied = copy.deepcopy(source.model).to(options.device)
+    model = resnet_fast.fuse(equality.in_layout(copied, torch.channels_last))
     with torch.no_grad():
         x = x[:_CHECKED].to(options.device)
         try:
@@ -265,7 +267,8 @@ def run(args: argparse.Namespace) -> int:
         "speed": [],
     }
     if passed:
-        result["speed"] = _speed(source, x, options, progress)
+        with timing.empty_cache("compile" in options.against):
+            result["speed"] = _speed(source, x, options, progress)
         print(f"\n{_notes(options)}")
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

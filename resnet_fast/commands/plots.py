@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def bars(title: str, settings: Sequence[dict[str, Any]], file: str | Path) -> No
     columns = min(4, len(settings))
     lines = -(-len(settings) // columns)
     figure, grid = plt.subplots(
-        lines, columns, figsize=(3.1 * columns, 3.3 * lines + 0.9), squeeze=False, layout="constrained"
+        lines, columns, figsize=(max(4.6, 3.1 * columns), 3.3 * lines + 0.9), squeeze=False, layout="constrained"
     )
     panels = list(grid.flat)
     for panel in panels[len(settings) :]:
@@ -52,8 +53,8 @@ def bars(title: str, settings: Sequence[dict[str, Any]], file: str | Path) -> No
     names = list(dict.fromkeys(c["name"] for s in settings for c in s["contenders"]))
     handles = [plt.Rectangle((0, 0), 1, 1, color=_COLOURS.get(name, "#009e73")) for name in names]
     figure.legend(
-        handles, [_LABELS.get(n, n) for n in names], loc="outside lower center", ncols=len(names), frameon=False
+        handles, [_LABELS.get(n, n) for n in names], loc="outside lower center", ncols=max(2, columns), frameon=False
     )
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(textwrap.fill(title, 36 * columns), fontsize=12)
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,6 +145,13 @@ _LIBRARIES: dict[str, Callable[[str], nn.Module]] = {
 }
 
 
+def _told(error: Exception) -> str:
+    """The error, and where in the user's own file it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
 def _of_user(name: str) -> nn.Module:
     module_name, _, attribute = name.partition(":")
     if not (module_name and attribute):
@@ -157,11 +165,16 @@ def _of_user(name: str) -> nn.Module:
             raise CommandError(f"--model {name}: {module_name} needs {error.name}, which is not installed") from error
         hint = did_you_mean(module_name, _LIBRARIES)
         raise CommandError(f"--model {name}: no module {error.name!r} here or installed.{hint}") from error
+    except Exception as error:
+        raise CommandError(f"--model {name}: importing {module_name} raised {_told(error)}") from error
     make = getattr(module, attribute, None)
     if not callable(make):
         what = "has no" if make is None else "has no callable"
         raise CommandError(f"--model {name}: {module_name} {what} {attribute}.{did_you_mean(attribute, vars(module))}")
-    model = make()
+    try:
+        model = make()
+    except Exception as error:
+        raise CommandError(f"--model {name}: {attribute}() raised {_told(error)}") from error
     if not isinstance(model, nn.Module):
         raise CommandError(f"--model {name}: returned {type(model).__name__}, supported is torch.nn.Module")
     return model

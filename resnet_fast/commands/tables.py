@@ -72,7 +72,7 @@ def equality(checks: Sequence[Check]) -> str:
     lines = [["mode", "dtype", "what", "error", "torch's own", "bound", "max|ref|", "", "nearest to its bound"]]
     for c in checks:
         numbers = [f"{value:.2e}" for value in (c.ours, c.torch, c.bound, c.largest)]
-        which = c.tensor if c.count == 1 else f"{c.tensor} (of {c.count})"
+        which = c.tensor if c.tensors == 1 else f"{c.tensor} (of {c.tensors})"
         lines.append([c.mode, c.dtype, c.what, *numbers, "ok" if c.ok else "WRONG", which])
     title = "equality: max|ours - float64| <= 2 max|torch in the same dtype - float64| + 4 eps max|float64|"
     return f"{title}\n{table(lines, right=(3, 4, 5, 6))}"

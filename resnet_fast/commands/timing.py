@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import resnet_fast
 
-from .equality import LOSS_SCALE, autocast, loss
+from .equality import LOSS_SCALE, autocast, in_layout, loss
 from .progress import Progress
 
-__all__ = ["AGAINST", "Contender", "Result", "Setting", "contenders", "measure", "memory", "quantile"]
+__all__ = ["AGAINST", "Contender", "Result", "Setting", "contenders", "empty_cache", "measure", "memory", "quantile"]
 
 #: What ours can be timed against, in the order of the table.
 AGAINST = ("eager", "channels_last", "compile")
@@ -118,7 +118,7 @@ def contenders(model: nn.Module, x: Tensor, setting: Setting, against: Sequence[
     found = []
     for name in (*against, "resnet_fast"):
         layout = torch.contiguous_format if name == "eager" else torch.channels_last
-        own = copy.deepcopy(base).to(memory_format=layout)
+        own = in_layout(copy.deepcopy(base), layout)
         inputs = x.contiguous(memory_format=layout)
         forward: Callable[[Tensor], Any] = own
         if name == "compile":
@@ -134,6 +134,17 @@ def contenders(model: nn.Module, x: Tensor, setting: Setting, against: Sequence[
 
 def _bind(forward: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
     return lambda: forward(x)
+
+
+@contextlib.contextmanager
+def empty_cache(compiling: bool) -> Iterator[None]:
+    """An empty cache for inductor, for the run: else the compile time would depend on what ran before."""
+    if not compiling:
+        yield
+        return
+    utils = importlib.import_module("torch._inductor.utils")
+    with getattr(utils, "fresh_cache", contextlib.nullcontext)():
+        yield
 
 
 @contextlib.contextmanager
@@ -249,8 +260,11 @@ def measure(
                     c.call()
                     _sync(device)
                     first[c.name] = time.perf_counter() - begin
+                    begin = time.perf_counter()
                     peak[c.name] = memory(c.call, device)
-                    once[c.name] = min(_turn(c.call, 1, device) for _ in range(1 if first[c.name] > 1 else 2))
+                    once[c.name] = time.perf_counter() - begin
+                    if once[c.name] < 1:  # else it is known well enough, and warm
+                        once[c.name] = min(_turn(c.call, 1, device) for _ in range(2))
                     calls[c.name] = max(1, round(_TURN / max(once[c.name], 1e-6)))
                 except Exception as error:
                     if c.name in (baseline, "resnet_fast"):

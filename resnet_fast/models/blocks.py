@@ -53,9 +53,7 @@ class SubsamplePad(nn.Module):
         check_positive("stride", stride)
         check_positive("out_channels", out_channels)
         if out_channels < in_channels:
-            raise ValueError(
-                f"out_channels={out_channels} is not supported; use at least in_channels={in_channels}"
-            )
+            raise ValueError(f"out_channels={out_channels} is not supported; use at least in_channels={in_channels}")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride = stride
@@ -125,9 +123,7 @@ class PlainBasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self, inplanes: int, planes: int, stride: int = 1, *, norm_layer: NormLayer = nn.BatchNorm2d
-    ) -> None:
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, *, norm_layer: NormLayer = nn.BatchNorm2d) -> None:
         super().__init__()
         self.conv1 = conv3x3(inplanes, planes, stride)
         self.bn1 = norm_layer(planes)
@@ -195,9 +191,7 @@ class Bottleneck(nn.Module):
 Block = type[BasicBlock] | type[Bottleneck] | type[PlainBasicBlock]
 
 
-def _shortcut(
-    option: str, inplanes: int, outplanes: int, stride: int, norm_layer: NormLayer
-) -> nn.Module | None:
+def _shortcut(option: str, inplanes: int, outplanes: int, stride: int, norm_layer: NormLayer) -> nn.Module | None:
     """The module for a block's ``downsample``, or None where the option is the identity."""
     if option != "C" and stride == 1 and inplanes == outplanes:
         return None

@@ -217,9 +217,7 @@ def _plain(
     in_channels: int = 3,
     norm_layer: NormLayer = nn.BatchNorm2d,
 ) -> ResNet:
-    return ResNet(
-        PlainBasicBlock, layers, num_classes=num_classes, in_channels=in_channels, norm_layer=norm_layer
-    )
+    return ResNet(PlainBasicBlock, layers, num_classes=num_classes, in_channels=in_channels, norm_layer=norm_layer)
 
 
 def plain18(**options: Unpack[PlainOptions]) -> ResNet:
@@ -265,9 +263,7 @@ def cifar_resnet1202(**options: Unpack[CifarOptions]) -> CifarResNet:
 def _cifar_plain(
     n: int, *, num_classes: int = 10, in_channels: int = 3, norm_layer: NormLayer = nn.BatchNorm2d
 ) -> CifarResNet:
-    return CifarResNet(
-        PlainBasicBlock, n, num_classes=num_classes, in_channels=in_channels, norm_layer=norm_layer
-    )
+    return CifarResNet(PlainBasicBlock, n, num_classes=num_classes, in_channels=in_channels, norm_layer=norm_layer)
 
 
 def cifar_plain20(**options: Unpack[PlainOptions]) -> CifarResNet:
