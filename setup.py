@@ -109,9 +109,7 @@ def find_toolkit() -> Toolkit:
         if toolkit := toolkit_at(nvcc):
             return toolkit
     if found := [str(nvcc) for nvcc in candidates if nvcc.is_file()]:
-        raise NoToolkitError(
-            f"{', '.join(found)} found, but not cuda_runtime.h and libcudart_static.a beside it"
-        )
+        raise NoToolkitError(f"{', '.join(found)} found, but not cuda_runtime.h and libcudart_static.a beside it")
     raise NoToolkitError("no nvcc in CUDA_HOME, CUDA_PATH, PATH, the usual folder or NVIDIA's wheels")
 
 
@@ -197,7 +195,9 @@ def add_rules(ninja: NinjaFile, plan: Plan) -> None:
     depfile = {"depfile": "$out.d", "deps": "gcc"}
     ninja.rule("cxx", f"{plan.cxx} {cxxflags} $flags -MMD -MF $out.d -c $in -o $out", **depfile)
     # Symbols of static libraries, the CUDA runtime's among them, stay inside the module.
-    ninja.rule("link", f"{plan.cxx} -shared -fopenmp -o $out $in -Wl,--exclude-libs,ALL $libs {os.environ.get('LDFLAGS', '')}")
+    ninja.rule(
+        "link", f"{plan.cxx} -shared -fopenmp -o $out $in -Wl,--exclude-libs,ALL $libs {os.environ.get('LDFLAGS', '')}"
+    )
     if plan.toolkit:
         host = os.environ.get("CUDAHOSTCXX") or os.environ.get("CXX")
         nvccflags = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xptxas=-warn-spills"

@@ -18,6 +18,8 @@ from .functional import ConvBn, layer_tensors, scale_shift, to_channels_last
 
 __all__ = ["FoldCache", "Folded", "folded_block"]
 
+_INTO = "conv_affine_act_into"
+
 #: Magnitudes that float32 and bfloat16 still hold, with room for a rounding.
 _LARGEST = 1e38
 
@@ -25,8 +27,8 @@ _LARGEST = 1e38
 class Folded:
     """A convolution with its batch norm folded in: z = act(conv(x, w * scale) + shift + residual).
 
-    By its running statistics, for inputs of the dtype and device of ``x``. The fold is done in float32 and rounded once. The weight is laid out
-    as the backend wants it, for each input shape anew: of the last ``SHAPES`` shapes the layouts are kept.
+    By its running statistics, for inputs of the dtype and device of ``x``; done in float32 and rounded once. The weight
+    is laid out as the backend wants it, for each input shape anew; of the last ``SHAPES`` shapes the layouts are kept.
     |conv(x) + shift| <= ``gain`` * max|x| + ``offset``.
     """
 
@@ -46,7 +48,9 @@ class Folded:
         self._geometry = layer.geometry
         self._packed: dict[torch.Size, Tensor] = {}
         # The backend's own function: the ops' detour over the dispatcher would cost as much as a small convolution.
-        self._function = choose("conv_affine_act", x.device, x.dtype).function
+        choice = choose("conv_affine_act", x.device, x.dtype)
+        self._function = choice.function
+        self._into = None if choice.backend == "torch" else getattr(backend(choice.backend), _INTO, None)
 
     @torch.no_grad()
     def _pack(self, x: Tensor) -> Tensor:
@@ -57,11 +61,13 @@ class Folded:
         self._packed[x.shape] = packed
         return packed
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """z = act(conv(x) + shift + residual)."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """z = act(conv(x) + shift + residual); with ``overwrite`` over ``residual``, where the backend can."""
         w = self._packed.get(x.shape)
         if w is None:
             w = self._pack(x)
+        if overwrite and residual is not None and self._into is not None:
+            return self._into(residual, x, w, self.shift, *self._geometry, self.relu)
         return self._function(x, w, self.shift, *self._geometry, None, residual, self.relu)
 
     def bound(self, magnitude: float) -> float:
@@ -131,9 +137,11 @@ def folded_block(
     projection: Folded | None = None,
     residual: Tensor | None = None,
     identity: bool = False,
+    disposable: bool = False,
 ) -> Tensor | None:
     """``residual_block`` for inference, on folded layers: one library call per convolution, nothing in between.
 
+    ``disposable``: nobody needs ``x`` afterwards, so z may be written over it.
     None where a value inside might overflow, or ``x`` holds a NaN or an infinity: a library's ReLU need not let those
     pass, torch's does, so the caller takes another path. What cannot overflow is known from the weights' row sums, and
     that bound travels along with z; it is measured only where it has grown too large.
@@ -155,13 +163,14 @@ def folded_block(
         out = bound(_measure(x))
         if not out < _LARGEST:
             return None
-    x = to_channels_last(x)
+    given, x = x, to_channels_last(x)
+    overwrite = False
     if projection is not None:
-        residual = projection(x)
+        residual, overwrite = projection(x), True
     elif identity:
-        residual = x
+        residual, overwrite = x, disposable or x is not given
     for layer in layers[:-1]:
         x = layer(x)
-    z = layers[-1](x, residual)
+    z = layers[-1](x, residual, overwrite)
     z._resnet_fast_bound = (0 if z.is_inference() else z._version, out)  # type: ignore[attr-defined]
     return z

@@ -19,7 +19,17 @@ from . import functional as f
 from .dispatch import use_backend
 from .folding import FoldCache, folded_block
 
-__all__ = ["BlockPlan", "ConvBnPath", "HostPlan", "Opaque", "Refusal", "find", "run", "run_unfused", "why_not_now"]
+__all__ = [
+    "BlockPlan",
+    "ConvBnPath",
+    "HostPlan",
+    "Opaque",
+    "Refusal",
+    "find",
+    "run",
+    "run_unfused",
+    "why_not_now",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -270,19 +280,28 @@ def _needs_grad(x: Tensor, residual: Tensor | None, layers: list[f.ConvBn]) -> b
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, backend: str | None = None) -> Tensor:
-    """The fused forward of ``module``. Raises Refusal, before anything was changed, where the original must run."""
+def run(
+    module: nn.Module,
+    plan: BlockPlan,
+    x: Tensor,
+    cache: FoldCache,
+    backend: str | None = None,
+    disposable: bool = False,
+) -> Tensor:
+    """The fused forward of ``module``. Raises Refusal, before anything was changed, where the original must run.
+
+    ``disposable``: nobody needs ``x`` afterwards; z may be written over it.
+    """
     if _transformed():
         raise Refusal("inside a transform of torch")
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         raise Refusal("a global forward hook is registered, which must see every inner module")
     layers, projection = _collect(module, plan)
-    every = [*layers, projection] if projection else layers
-    _check_input(x, every)
+    _check_input(x, [*layers, projection] if projection else layers)
     if backend is None:
-        return _run(module, plan, x, cache, layers, projection, every)
+        return _run(module, plan, x, cache, layers, projection, disposable)
     with use_backend(backend):
-        return _run(module, plan, x, cache, layers, projection, every)
+        return _run(module, plan, x, cache, layers, projection, disposable)
 
 
 def _run(
@@ -292,8 +311,9 @@ def _run(
     cache: FoldCache,
     layers: list[f.ConvBn],
     projection: f.ConvBn | None,
-    every: list[f.ConvBn],
+    disposable: bool,
 ) -> Tensor:
+    every = [*layers, projection] if projection else layers
     residual = find(module, plan.shortcut.path)(x) if isinstance(plan.shortcut, Opaque) else None
     identity = plan.shortcut == "identity"
     if not any(layer.batch_stats for layer in every) and not _needs_grad(x, residual, every):
@@ -309,6 +329,7 @@ def _run(
                 projection=folded[-1] if projection else None,
                 residual=residual,
                 identity=identity,
+                disposable=disposable or operand is not x,
             )
             if z is not None:
                 return z

@@ -275,6 +275,40 @@ def test_threads_share_a_model() -> None:
     assert results == [True] * 20
 
 
+# ---- stages: z is written over what nobody else can hold ---------------------------------------------------------
+
+
+def test_a_stage_overwrites_nothing_that_is_held() -> None:
+    model, plain = resnet_fast.fuse(models.resnet18(num_classes=10).eval()), models.resnet18(num_classes=10).eval()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(2, 64, 16, 16).to(memory_format=torch.channels_last)
+    kept = x.clone()
+    held, expected = [], []
+    for found, m in ((held, model), (expected, plain)):
+        m.layer1[0].register_forward_hook(lambda mod, args, out, found=found: found.append(out))
+        m.layer2[1].register_forward_pre_hook(lambda mod, args, found=found: found.append(args[0]))
+    with torch.no_grad():
+        ours = model.layer2(model.layer1(x))
+        theirs = plain.layer2(plain.layer1(x))
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for a, b in zip(held, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stage_reuses_memory() -> None:
+    """Of three blocks behind each other, the last two write where the first one wrote."""
+    stage = resnet_fast.fuse(nn.Sequential(*(models.BasicBlock(8, 8) for _ in range(3))).eval())
+    x = torch.randn(2, 8, 16, 16).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        stage(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            stage(x)
+    names = [event.name for event in profile.events()]
+    assert names.count("mkldnn::_convolution_pointwise_") == 2
+    assert torch.equal(stage[0](x[:1].clone()), stage[0](x[:1].clone()))
+
+
 # ---- guards: the block steps back -------------------------------------------------------------------------------
 
 

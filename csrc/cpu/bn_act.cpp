@@ -3,16 +3,22 @@
 // setup.py compiles this file once per instruction set, each into a namespace of its own; isa.cpp
 // picks one. Arithmetic is fp32 whatever the storage. Tiles follow from the shape alone and are
 // merged in order, so results do not depend on the number of threads.
+#include <type_traits>
+
 #include "isa.h"
 #include "vec.h"
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
 namespace {
 
-// A sum down a tile's rows is fp32, and its rounding error grows with them: over 128 it is 2 eps or
-// so. 64 channels are four vectors of AVX-512: their sums stay in registers.
+// A sum down a tile's rows is fp32, and its rounding error grows with them. Rows of up to 512
+// channels are read from end to end: the prefetchers follow, and the sums stay in L1.
 constexpr int64_t BLOCK_NPQ = 128;
-constexpr int64_t BLOCK_K = 64;
+constexpr int64_t BLOCK_K = 512;
+// Rows whose sum is formed in registers before it is added to that of the tile.
+constexpr int64_t GROUP_NPQ = 4;
+// Channels that one thread merges at a time.
+constexpr int64_t MERGE_K = 64;
 constexpr int64_t PIVOT_ROWS = 8;
 // Waking the other threads costs more than this many elements.
 constexpr int64_t SERIAL = 32768;
@@ -49,74 +55,67 @@ void for_each_tile(const Tiles& tiles, Body body) {
   for (int64_t i = 0; i < count; ++i) body(tiles[i]);
 }
 
-/// Calls body(offset, channel, lanes) on every vector of an (npq, k) matrix, rows in order.
+/// Calls body(channel, lanes) on every vector of the channels [first, last).
 template <class Body>
-void for_each_vector(int64_t npq, int64_t k, Body body) {
+void for_each_vector(int64_t first, int64_t last, const Body& body) {
+  int64_t channel = first;
+  for (; channel + LANES <= last; channel += LANES) body(channel, All{});
+  if (channel < last) body(channel, First{static_cast<int>(last - channel)});
+}
+
+/// The skeleton of every elementwise op: calls body(offset, channel, lanes) on every vector of an
+/// (npq, k) matrix.
+template <class Body>
+void for_each_element(int64_t npq, int64_t k, const Body& body) {
 #pragma omp parallel for schedule(static) if (npq * k > SERIAL)
   for (int64_t row = 0; row < npq; ++row) {
     const Body local =
         body;  // what it holds stays in registers: a store could change the shared one
-    int64_t channel = 0;
-    for (; channel + LANES <= k; channel += LANES) local(row * k + channel, channel, All{});
-    if (channel < k) local(row * k + channel, channel, First{static_cast<int>(k - channel)});
+    for_each_vector(0, k,
+                    [=](int64_t channel, auto lanes) { local(row * k + channel, channel, lanes); });
   }
 }
 
-/// The sums of WIDTH vectors of channels down a tile, in registers. Row r goes to chain r % CHAINS:
-/// short sums round less, and one addition need not wait for the last.
-template <int WIDTH, int CHAINS, int SUMS, class Add, class Lanes>
-void sum_strip(const Tile& tile, int64_t k, int64_t channel, Lanes lanes, Add add,
+/// The sums of one vector of channels over ROWS rows from `row`, added to the tile's, or set if the
+/// tile begins here.
+template <int64_t ROWS, int SUMS, class Add, class Lanes>
+void sum_group(int64_t row, bool begins, int64_t k, int64_t channel, Lanes lanes, const Add& add,
                float* const (&out)[SUMS]) {
-  Vec sums[CHAINS][WIDTH][SUMS] = {};
-  const auto add_row = [&](int64_t row, Vec(&chain)[WIDTH][SUMS]) {
-    for (int i = 0; i < WIDTH; ++i) {
-      const int64_t c = channel + i * LANES;
-      add(row * k + c, c, lanes, chain[i]);
-    }
-  };
-  int64_t row = tile.row;
-  for (; row + CHAINS <= tile.row_end; row += CHAINS) {
-    for (int chain = 0; chain < CHAINS; ++chain) add_row(row + chain, sums[chain]);
-  }
-  for (; row < tile.row_end; ++row) add_row(row, sums[0]);
-  for (int i = 0; i < WIDTH; ++i) {
-    for (int s = 0; s < SUMS; ++s) {
-      Vec sum = sums[0][i][s];
-      for (int chain = 1; chain < CHAINS; ++chain) sum += sums[chain][i][s];
-      store(out[s] + channel + i * LANES, sum, lanes);
-    }
+  Vec sums[SUMS] = {};
+  for (int64_t r = 0; r < ROWS; ++r) add((row + r) * k + channel, channel, lanes, sums);
+  for (int s = 0; s < SUMS; ++s) {
+    float* total = out[s] + channel;
+    store(total, begins ? sums[s] : load(total, lanes) + sums[s], lanes);
   }
 }
 
 /// The skeleton of every reduction: add(offset, channel, lanes, sums) adds one vector of a tile to
 /// its channels' SUMS sums, which go to out[0..SUMS) at the tile's channels.
 template <int SUMS, class Add>
-void sum_tile(const Tile& tile, int64_t k, const Add& add, float* const (&out)[SUMS]) {
-  constexpr int WIDTH = REGISTERS / 8;  // times two chains of up to three sums: most registers
-  int64_t channel = tile.channel;
-  for (; channel + WIDTH * LANES <= tile.channel_end; channel += WIDTH * LANES) {
-    sum_strip<WIDTH, 2>(tile, k, channel, All{}, add, out);
+void sum_tile(const Tile& tile, int64_t k, Add add, float* const (&out)[SUMS]) {
+  const auto sum_rows = [&](int64_t row, auto rows) {
+    for_each_vector(tile.channel, tile.channel_end, [&](int64_t channel, auto lanes) {
+      sum_group<rows()>(row, row == tile.row, k, channel, lanes, add, out);
+    });
+  };
+  int64_t row = tile.row;
+  for (; row + GROUP_NPQ <= tile.row_end; row += GROUP_NPQ) {
+    sum_rows(row, std::integral_constant<int64_t, GROUP_NPQ>{});
   }
-  for (; channel + LANES <= tile.channel_end; channel += LANES) {
-    sum_strip<1, 4>(tile, k, channel, All{}, add, out);
-  }
-  if (channel < tile.channel_end) {
-    const First lanes{static_cast<int>(tile.channel_end - channel)};
-    sum_strip<1, 4>(tile, k, channel, lanes, add, out);
-  }
+  for (; row < tile.row_end; ++row) sum_rows(row, std::integral_constant<int64_t, 1>{});
 }
 
-/// Calls body(first, last) on blocks of at most BLOCK_K channels.
+/// Calls body(first, last) on blocks of at most MERGE_K channels.
 template <class Body>
 void for_each_channel_block(const Tiles& tiles, Body body) {
-  const int64_t count = cdiv(tiles.k, BLOCK_K);
+  const int64_t count = cdiv(tiles.k, MERGE_K);
 #pragma omp parallel for schedule(static) if (tiles.row_blocks() * tiles.k > SERIAL)
-  for (int64_t i = 0; i < count; ++i) body(i * BLOCK_K, smaller((i + 1) * BLOCK_K, tiles.k));
+  for (int64_t i = 0; i < count; ++i) body(i * MERGE_K, smaller((i + 1) * MERGE_K, tiles.k));
 }
 
 /// total[c - first] = sum of term(tile index, c) over the row blocks in order, in double.
 template <class Term>
-void merge(const Tiles& tiles, int64_t first, int64_t last, double (&total)[BLOCK_K], Term term) {
+void merge(const Tiles& tiles, int64_t first, int64_t last, double (&total)[MERGE_K], Term term) {
   for (double& t : total) t = 0;
   for (int64_t index = 0; index < tiles.row_blocks(); ++index) {
 #pragma omp simd
@@ -129,7 +128,7 @@ template <int SUMS>
 void merge_sums(const Tiles& tiles, const float* workspace, float* const (&out)[SUMS]) {
   const int64_t plane = tiles.row_blocks() * tiles.k;
   for_each_channel_block(tiles, [&](int64_t first, int64_t last) {
-    double total[BLOCK_K];
+    double total[MERGE_K];
     for (int s = 0; s < SUMS; ++s) {
       const float* partial = workspace + s * plane;
       merge(tiles, first, last, total,
@@ -217,7 +216,7 @@ void bn_stats_kernel(const BnStats& args) {
 
   for_each_channel_block(tiles, [&](int64_t first, int64_t last) {
     const double npq = static_cast<double>(args.npq > 0 ? args.npq : 1);
-    double mean[BLOCK_K], m2[BLOCK_K];
+    double mean[MERGE_K], m2[MERGE_K];
     merge(tiles, first, last, mean, [&](int64_t index, int64_t c) {
       const double n = static_cast<double>(tiles.rows(index));
       return n * pivots[index * k + c] + residues[index * k + c];
@@ -278,7 +277,7 @@ void affine_act_kernel(const AffineAct& args, T, Residual add_residual) {
   T* z = static_cast<T*>(args.z);
   const float* scale = args.scale;
   const float* shift = args.shift;
-  for_each_vector(args.npq, args.k, [=](int64_t offset, int64_t channel, auto lanes) {
+  for_each_element(args.npq, args.k, [=](int64_t offset, int64_t channel, auto lanes) {
     Vec value =
         fma(load(y + offset, lanes), load(scale + channel, lanes), load(shift + channel, lanes));
     value = add_residual(value, offset, channel, lanes);
@@ -300,7 +299,7 @@ void affine_act_kernel(const AffineAct& args, T type, Residual add_residual) {
 //           workspace (SUMS, row blocks, K) fp32
 // Tiles     as bn_stats
 // Traffic   reads dz, z, y, ry, writes g: 5 * NPQ * K * itemsize (4 without ry)
-// Numerics  fp32 sums down a tile, tiles merged in double, in order; g is dz or 0, exactly
+// Numerics  fp32 sums over a tile, tiles merged in double, in order; g is dz or 0, exactly
 // Source    ops.affine_act_backward; docs/bn_act.md
 template <int SUMS, class T>
 void affine_act_backward_kernel(const AffineActBackward& args, float* const (&out)[SUMS]) {
@@ -355,7 +354,7 @@ struct MaskedGradient {
 //           workspace (2, row blocks, K) fp32
 // Tiles     as bn_stats
 // Traffic   reads dz, y: 2 * NPQ * K * itemsize
-// Numerics  fp32 sums down a tile, tiles merged in double, in order
+// Numerics  fp32 sums over a tile, tiles merged in double, in order
 // Source    ops.bn_backward_sums; docs/bn_act.md
 template <class T, class G>
 void bn_backward_sums_kernel(const BnBackwardSums& args, T, G g) {
@@ -383,7 +382,7 @@ void bn_backward_apply_kernel(const BnBackwardApply& args, T, G g) {
   const float* a = args.a;
   const float* b = args.b;
   const float* c = args.c;
-  for_each_vector(args.npq, args.k, [=](int64_t offset, int64_t channel, auto lanes) {
+  for_each_element(args.npq, args.k, [=](int64_t offset, int64_t channel, auto lanes) {
     const Vec value = load(y + offset, lanes);
     const Vec gradient = g(value, offset, channel, lanes);
     const Vec rest = fma(load(b + channel, lanes), value, load(c + channel, lanes));

@@ -23,12 +23,6 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int REGISTERS = 32;
-#else
-constexpr int REGISTERS = 16;
-#endif
-
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));

@@ -75,3 +75,21 @@ def conv_affine_act(
         residual = residual.contiguous(memory_format=torch.channels_last)
         z = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, w, shift, *geometry, "add", 1.0, act, [], None)
     return z.contiguous(memory_format=torch.channels_last)
+
+
+def conv_affine_act_into(
+    residual: Tensor,
+    x: Tensor,
+    w: Tensor,
+    shift: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """``conv_affine_act`` that writes z over ``residual``, which nobody else may need: no new memory."""
+    act = "relu" if relu else None
+    return torch.ops.mkldnn._convolution_pointwise_.binary(
+        residual, x, w, shift, padding, stride, dilation, groups, "add", 1.0, act, [], None
+    )

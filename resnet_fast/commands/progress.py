@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -18,13 +19,20 @@ class Progress:
         self._tty = sys.stderr.isatty()
         self._begin = time.monotonic()
         self._every = 1.0 if self._tty else 5.0
+        try:  # a descriptor of its own: timing.memory() silences descriptor 2 for a while
+            self._descriptor: int | None = os.dup(sys.stderr.fileno())
+        except (OSError, ValueError):
+            self._descriptor = None
 
     def _write(self, text: str, *, last: bool = False) -> None:
-        if self._tty:
-            sys.stderr.write(f"\r\x1b[K{'' if last else text[:110]}")
-        elif not last:
-            sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        if last and not self._tty:
+            return
+        line = f"\r\x1b[K{'' if last else text[:110]}" if self._tty else f"{text}\n"
+        if self._descriptor is not None:
+            os.write(self._descriptor, line.encode(errors="replace"))
+        else:
+            sys.stderr.write(line)
+            sys.stderr.flush()
 
     @contextlib.contextmanager
     def __call__(self, text: str) -> Iterator[None]:

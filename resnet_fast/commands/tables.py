@@ -75,6 +75,8 @@ def equality(checks: Sequence[Check]) -> str:
         which = c.tensor if c.tensors == 1 else f"{c.tensor} (of {c.tensors})"
         lines.append([c.mode, c.dtype, c.what, *numbers, "ok" if c.ok else "WRONG", which])
     title = "equality: max|ours - float64| <= 2 max|torch in the same dtype - float64| + 4 eps max|float64|"
+    if any(c.what.startswith("gradients,") for c in checks):
+        title += "\n  (gradients: each relative to its own max|float64|; the worst and the median of the parameters)"
     return f"{title}\n{table(lines, right=(3, 4, 5, 6))}"
 
 

@@ -1,0 +1,159 @@
+"""Inference on folded layers: against the same block in plain torch; never stale; NaN as torch has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fast.dispatch import reasons
+from resnet_fast.folding import FoldCache, folded_block
+from tests.blocks import KINDS, Block
+from tests.tolerance import DTYPES, assert_close, name_of, to_float64
+
+needs_folding = pytest.mark.skipif(
+    reasons("bn_stats", torch.device("cpu"), torch.float32)["native"] is not None,
+    reason="FoldCache needs the native kernels, to see writes that bump no counter",
+)
+
+
+def fold_and_run(cache: FoldCache, block: Block) -> Tensor:
+    """folded_block, which must not decline; no gradients."""
+    with torch.no_grad():
+        folded = cache.get(block.x, block.every)
+        assert folded is not None
+        n = len(block.layers)
+        side = folded[n] if block.projection else None
+        z = folded_block(block.x, folded[:n], projection=side, residual=block.residual, identity=block.identity)
+        assert z is not None
+        return z
+
+
+@needs_folding
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"gamma": None, "beta": None}], ids=["plain", "bias", "bare"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_matches_torch(kind: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    block = Block(kind, dtype, train=False, **options)
+    ref64 = block.map(lambda name, t: to_float64(t)).torchs()
+    assert_close(fold_and_run(FoldCache(), block), ref64, block.torchs())
+
+
+@needs_folding
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "options", [{"groups": 2}, {"dilation": (2, 2), "padding": (2, 2)}], ids=["groups", "dilation"]
+)
+def test_folded_geometries(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    block = Block("basic", dtype, train=False, **options)
+    if "groups" in options:
+        block = block.map(lambda name, t: t[:, :4].contiguous() if name.endswith("weight") else t)
+    ref64 = block.map(lambda name, t: to_float64(t)).torchs()
+    assert_close(fold_and_run(FoldCache(), block), ref64, block.torchs())
+
+
+@needs_folding
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("kind", KINDS)
+def test_folded_on_a_1x1_image(kind: str, dtype: torch.dtype) -> None:
+    block = Block(kind, dtype, train=False, size=1)
+    ref64 = block.map(lambda name, t: to_float64(t)).torchs()
+    assert_close(fold_and_run(FoldCache(), block), ref64, block.torchs())
+
+
+@needs_folding
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("where", ["x", "0.weight", "2.weight", "1.running_mean", "1.beta", "2.gamma", "3.running_var"])
+def test_folded_declines_or_gives_torchs_nan(where: str, value: float) -> None:
+    """A library's ReLU turns NaN into 0: folded_block must decline, or give what torch gives."""
+    block = Block("projection", train=False).map(lambda name, t: t.clone())
+    for fill in (False, True):
+        target = block.named()[where]
+        target[(0,) * target.dim()] = value
+        if fill:
+            block.x.zero_()  # infinity times nothing is NaN, too
+        with torch.no_grad():
+            folded = FoldCache().get(block.x, block.every)
+            z = folded_block(block.x, folded[:3], projection=folded[3])
+            torchs = block.torchs()
+        if z is not None:
+            assert torch.equal(z.isnan(), torchs.isnan())
+
+
+@needs_folding
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_folded_sees_what_was_written_to_its_output(mode: Any) -> None:
+    """The bound that travels along with z is worth nothing once z was written to."""
+    block = Block("basic", train=False)
+    with mode():
+        folded = FoldCache().get(block.x, block.layers)
+        z = folded_block(block.x, folded, identity=True)
+        z.fill_(torch.nan)
+        after = folded_block(z, folded, identity=True)
+        assert after is None or after.isnan().all()
+
+
+def _data(t: Tensor) -> None:
+    t.data.mul_(2)
+
+
+def _in_place(t: Tensor) -> None:
+    with torch.no_grad():
+        t.mul_(2)
+
+
+CHANGES = {"in_place": _in_place, "data": _data}
+
+
+@needs_folding
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("name", ["weight", "gamma", "beta", "running_mean", "running_var", "bias"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_fold_cache_sees_changes(layer: int, name: str, change: Callable[[Tensor], None]) -> None:
+    block, cache = Block("projection", train=False, bias=True), FoldCache()
+    before = fold_and_run(cache, block)
+    assert cache.get(block.x, block.every) is cache.get(block.x, block.every)  # it is a cache
+    change(getattr(block.every[layer], name))
+    after = fold_and_run(cache, block)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, fold_and_run(FoldCache(), block))
+
+
+@needs_folding
+@pytest.mark.parametrize("field", [{"eps": 0.5}, {"relu": False}], ids=["eps", "relu"])
+def test_fold_cache_sees_other_numbers(field: dict[str, Any]) -> None:
+    block, cache = Block("chain3", train=False), FoldCache()
+    before = fold_and_run(cache, block)
+    block.layers[1] = block.layers[1]._replace(**field)
+    after = fold_and_run(cache, block)
+    assert not torch.equal(before, after) and torch.equal(after, fold_and_run(FoldCache(), block))
+
+
+@needs_folding
+def test_fold_cache_sees_a_replaced_tensor() -> None:
+    block, cache = Block("chain3", train=False), FoldCache()
+    before = fold_and_run(cache, block)
+    block.layers[1] = block.layers[1]._replace(weight=block.layers[1].weight * 2)
+    assert not torch.equal(before, fold_and_run(cache, block))
+
+
+@needs_folding
+def test_fold_cache_sees_the_dtype_of_x() -> None:
+    """Under autocast one block serves inputs of two dtypes: each by weights folded for it."""
+    block, cache = Block("chain3", train=False), FoldCache()
+    low = block.map(lambda name, t: t.bfloat16() if name == "x" else t)
+    for b in (block, low, block):
+        assert torch.equal(fold_and_run(cache, b), fold_and_run(FoldCache(), b))
+        assert fold_and_run(cache, b).dtype == b.x.dtype
+
+
+@needs_folding
+def test_fold_cache_serves_many_shapes() -> None:
+    """More than it keeps layouts for, and the first one again."""
+    block, cache = Block("chain3", train=False), FoldCache()
+    for size in (6, 5, 4, 9, 3, 7, 6):
+        block.x = torch.randn(2, 8, size, size).contiguous(memory_format=torch.channels_last)
+        assert torch.equal(fold_and_run(cache, block), fold_and_run(FoldCache(), block))
