@@ -89,14 +89,14 @@ void bind_bn_act(py::module_& module, const BnAct& ops) {
 
   define(
       module, "bn_backward_apply",
-      [f = ops.bn_backward_apply](Address dz, Address y, Address a, Address b, Address c,
-                                  Address scale, Address shift, Address dy, int64_t npq, int64_t k,
-                                  DType dtype, Address stream) {
-        f({Pointer{dz}, Pointer{y}, Pointer{a}, Pointer{b}, Pointer{c}, Pointer{scale},
-           Pointer{shift}, Pointer{dy}, npq, k, dtype, Pointer{stream}});
+      [f = ops.bn_backward_apply](Address dz, Address y, Address mean, Address a, Address b,
+                                  Address c, Address scale, Address shift, Address dy, int64_t npq,
+                                  int64_t k, DType dtype, Address stream) {
+        f({Pointer{dz}, Pointer{y}, Pointer{mean}, Pointer{a}, Pointer{b}, Pointer{c},
+           Pointer{scale}, Pointer{shift}, Pointer{dy}, npq, k, dtype, Pointer{stream}});
       },
-      arg("dz"), arg("y"), arg("a"), arg("b"), arg("c"), arg("scale") = 0, arg("shift") = 0,
-      arg("dy"), arg("npq"), arg("k"), arg("dtype"), arg("stream") = 0);
+      arg("dz"), arg("y"), arg("mean"), arg("a"), arg("b"), arg("c"), arg("scale") = 0,
+      arg("shift") = 0, arg("dy"), arg("npq"), arg("k"), arg("dtype"), arg("stream") = 0);
 }
 
 void bind_cpu(py::module_ module) {

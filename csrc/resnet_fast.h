@@ -79,10 +79,11 @@ struct BnBackwardSums {
   Stream stream;
 };
 
-/// dy = a * g + b * y + c, with g as in BnBackwardSums. dy may alias dz.
+/// dy = a * g + b * (y - mean) + c, with g as in BnBackwardSums. dy may alias dz.
 struct BnBackwardApply {
   const void* dz;
   const void* y;
+  const float* mean;
   const float* a;
   const float* b;
   const float* c;

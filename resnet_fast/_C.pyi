@@ -92,6 +92,7 @@ class _Ops(Protocol):
         *,
         dz: int,
         y: int,
+        mean: int,
         a: int,
         b: int,
         c: int,

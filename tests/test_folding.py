@@ -145,7 +145,7 @@ def test_fold_cache_sees_the_dtype_of_x() -> None:
     """Under autocast one block serves inputs of two dtypes: each by weights folded for it."""
     block, cache = Block("chain3", train=False), FoldCache()
     low = block.map(lambda name, t: t.bfloat16() if name == "x" else t)
-    for b in (block, low, block):
+    for b in (low, block, low):
         assert torch.equal(fold_and_run(cache, b), fold_and_run(FoldCache(), b))
         assert fold_and_run(cache, b).dtype == b.x.dtype
 

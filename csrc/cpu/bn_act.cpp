@@ -369,8 +369,8 @@ void bn_backward_sums_kernel(const BnBackwardSums& args, T, G g) {
   reduce<2>(args.npq, args.k, args.workspace, add, {args.sum_g, args.sum_gy});
 }
 
-// dy = a * g + b * y + c;  g = dz where y * scale + shift > 0 else 0
-// Shapes    dz, y, dy (NPQ, K) channels-last; a, b, c, scale, shift (K,) fp32
+// dy = a * g + b * (y - mean) + c;  g = dz where y * scale + shift > 0 else 0
+// Shapes    dz, y, dy (NPQ, K) channels-last; mean, a, b, c, scale, shift (K,) fp32
 // Tiles     rows, shared out to the threads
 // Traffic   reads dz, y, writes dy: 3 * NPQ * K * itemsize; no reuse, bandwidth is the limit
 // Numerics  fp32 from load to store; one rounding, at the store
@@ -379,13 +379,15 @@ template <class T, class G>
 void bn_backward_apply_kernel(const BnBackwardApply& args, T, G g) {
   const T* y = static_cast<const T*>(args.y);
   T* dy = static_cast<T*>(args.dy);
+  const float* mean = args.mean;
   const float* a = args.a;
   const float* b = args.b;
   const float* c = args.c;
   for_each_element(args.npq, args.k, [=](int64_t offset, int64_t channel, auto lanes) {
     const Vec value = load(y + offset, lanes);
     const Vec gradient = g(value, offset, channel, lanes);
-    const Vec rest = fma(load(b + channel, lanes), value, load(c + channel, lanes));
+    const Vec centred = value - load(mean + channel, lanes);
+    const Vec rest = fma(load(b + channel, lanes), centred, load(c + channel, lanes));
     store(dy + offset, fma(load(a + channel, lanes), gradient, rest), lanes);
   });
 }

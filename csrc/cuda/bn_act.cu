@@ -177,7 +177,7 @@ struct BnBackwardApplyRows {
   const T* dz;
   const T* y;
   T* dy;
-  Channels<WIDTH> a, b, c;
+  Channels<WIDTH> mean, a, b, c;
   typename Mask::template Rows<WIDTH> mask;
 
   __device__ TwoPacks<T, WIDTH> load(int64_t offset) const {
@@ -190,27 +190,33 @@ struct BnBackwardApplyRows {
     for (int i = 0; i < WIDTH; ++i) {
       const float value = load_float(loaded.y.value[i]);
       const float g = mask.gradient(value, load_float(loaded.dz.value[i]), i);
-      store_float(out.value[i], __fmaf_rn(a[i], g, __fmaf_rn(b[i], value, c[i])));
+      store_float(out.value[i], __fmaf_rn(a[i], g, __fmaf_rn(b[i], value - mean[i], c[i])));
     }
     store_pack(dy + offset, out);
   }
 };
 
-// dy = a * g + b * y + c;  g = dz where y * scale + shift > 0 else 0
-// Shapes    dz, y, dy (NPQ, K) channels-last; a, b, c, scale, shift (K,) fp32
+// dy = a * g + b * (y - mean) + c;  g = dz where y * scale + shift > 0 else 0
+// Shapes    dz, y, dy (NPQ, K) channels-last; mean, a, b, c, scale, shift (K,) fp32
 // Tiles     as affine_act
 // Traffic   reads dz, y, writes dy: 3 * NPQ * K * itemsize; no reuse, bandwidth is the limit
 // Numerics  fp32 from load to store; one rounding, at the store
 // Source    ops.bn_backward_apply; docs/bn_act.md
 template <class T, int WIDTH, class Mask>
 __global__ void __launch_bounds__(THREADS)
-    bn_backward_apply_kernel(const T* dz, const T* y, const float* a, const float* b,
-                             const float* c, Mask mask, T* dy, int64_t npq, int64_t k,
-                             int64_t block_npq, unsigned channel_blocks) {
+    bn_backward_apply_kernel(const T* dz, const T* y, const float* mean, const float* a,
+                             const float* b, const float* c, Mask mask, T* dy, int64_t npq,
+                             int64_t k, int64_t block_npq, unsigned channel_blocks) {
   const Place at = place<WIDTH>(npq, block_npq, channel_blocks);
   if (at.channel >= k) return;
-  BnBackwardApplyRows<T, WIDTH, Mask> rows{
-      dz, y, dy, {a, at.channel}, {b, at.channel}, {c, at.channel}, {mask, at.channel}};
+  BnBackwardApplyRows<T, WIDTH, Mask> rows{dz,
+                                           y,
+                                           dy,
+                                           {mean, at.channel},
+                                           {a, at.channel},
+                                           {b, at.channel},
+                                           {c, at.channel},
+                                           {mask, at.channel}};
   for_each_row<4>(at, k, rows);
 }
 
@@ -666,8 +672,8 @@ void bn_backward_apply(const BnBackwardApply& args) {
         const int64_t block_npq = elementwise_rows(args.npq, layout);
         launch(bn_backward_apply_kernel<T, width(), decltype(mask)>,
                layout.grid(cdiv(args.npq, block_npq)), layout.block(), 0, args.stream,
-               static_cast<const T*>(args.dz), static_cast<const T*>(args.y), args.a, args.b,
-               args.c, mask, static_cast<T*>(args.dy), args.npq, args.k, block_npq,
+               static_cast<const T*>(args.dz), static_cast<const T*>(args.y), args.mean, args.a,
+               args.b, args.c, mask, static_cast<T*>(args.dy), args.npq, args.k, block_npq,
                layout.channel_blocks);
       });
     });
