@@ -23,7 +23,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "OPS", "BackendError", "Choice", "Op", "choose", "op", "prepare", "reasons", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "BackendError",
+    "Choice",
+    "Op",
+    "choose",
+    "forced_backend",
+    "op",
+    "prepare",
+    "reasons",
+    "use_backend",
+]
 
 #: In the order in which they are asked. "torch", the definitions, is implied at the end.
 BACKENDS: tuple[str, ...] = ("onednn", "cudnn", "native")
@@ -102,7 +114,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Run every op inside on backend ``name`` and no other: "native", "onednn", "cudnn", or "torch", the definitions.
 
     Raises ``ValueError`` for an unknown name at once and :class:`BackendError`, with the reason, for an op which that
-    backend cannot run. ``None`` restores the automatic choice. Holds for the current thread or task.
+    backend cannot run. ``None`` restores the automatic choice. Holds for the current thread or task, and for the
+    backward, wherever it runs, of the blocks whose forward ran inside.
     """
     if name is not None:
         _check_backend_name(name)
@@ -111,6 +124,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend that ``use_backend`` asks for here, or None; None where torch.compile reads, which cannot ask."""
+    return None if torch.compiler.is_compiling() else _forced.get()
 
 
 def _why_not(name: str, op_name: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -6,56 +6,95 @@ infinity come out as torch's own modules would have them (:func:`folded_block`).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import buffers
 from .dispatch import backend, choose, prepare, reasons
 from .functional import ConvBn, layer_tensors, scale_shift, to_channels_last
+from .watch import Watch
 
-__all__ = ["FoldCache", "Folded", "folded_block"]
-
-_INTO = "conv_affine_act_into"
+__all__ = ["FoldCache", "Folded", "arithmetic", "cast", "folded_block", "magnitude"]
 
 #: Magnitudes that float32 and bfloat16 still hold, with room for a rounding.
 _LARGEST = 1e38
 
 
+@functools.lru_cache(maxsize=64)
+def _hook(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """``conv_affine_act_<name>`` of the backend that runs conv_affine_act there, or None."""
+    choice = choose("conv_affine_act", device, dtype)
+    return None if choice.backend == "torch" else getattr(backend(choice.backend), f"conv_affine_act_{name}", None)
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which folded blocks are computed for inputs of ``dtype``: wider, where the hardware is faster so."""
+    hook = _hook("arithmetic", device, dtype)
+    return dtype if hook is None else hook(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _can_watch(device: torch.device) -> bool:
+    """Whether memory on ``device`` can be fingerprinted: by the native backend, on the CPU."""
+    return device.type == "cpu" and reasons("bn_stats", device, torch.float32)["native"] is None
+
+
+class _Packed(NamedTuple):
+    """What depends on the input's shape: the weight, laid out for it, and the output's shape."""
+
+    w: Tensor
+    out: tuple[int, int, int, int]
+
+
 class Folded:
     """A convolution with its batch norm folded in: z = act(conv(x, w * scale) + shift + residual).
 
-    By its running statistics, for inputs of the dtype and device of ``x``; done in float32 and rounded once. The weight
-    is laid out as the backend wants it, for each input shape anew; of the last ``SHAPES`` shapes the layouts are kept.
+    By its running statistics, for CPU inputs of ``dtype``; done in float32 and rounded once. The weight is laid out as
+    the backend wants it, for each input shape anew; of the last ``SHAPES`` shapes the layouts are kept.
     |conv(x) + shift| <= ``gain`` * max|x| + ``offset``.
     """
 
     SHAPES = 4
 
-    def __init__(self, layer: ConvBn, x: Tensor) -> None:
-        with torch.no_grad():
-            w, gamma, beta, mean, var = layer_tensors(layer)
-            assert w is not None and mean is not None and var is not None
-            _, self._scale, shift = scale_shift(mean, var, gamma, beta, layer.eps)
-            rows = (w.to(shift.dtype) * self._scale.view(-1, 1, 1, 1)).abs().sum(dim=(1, 2, 3))
-            self.gain = _bounded(rows.amax().item())
-            self.offset = _bounded(shift.abs().amax().item())
-            self.shift = shift.to(x.dtype)
+    @torch.no_grad()
+    def __init__(self, layer: ConvBn, device: torch.device, dtype: torch.dtype) -> None:
+        w, gamma, beta, mean, var = layer_tensors(layer)
+        assert w is not None and mean is not None and var is not None
+        _, self._scale, shift = scale_shift(mean, var, gamma, beta, layer.eps)
+        rows = (w.to(shift.dtype) * self._scale.view(-1, 1, 1, 1)).abs().sum(dim=(1, 2, 3))
+        self.gain, self.offset = rows.amax().item(), shift.abs().amax().item()
+        if not math.isfinite(self.gain + self.offset):
+            self.gain = self.offset = _ENDLESS
+        self.shift = shift.to(dtype)
         self.relu = layer.relu
         self._weight = layer.weight
         self._geometry = layer.geometry
-        self._packed: dict[torch.Size, Tensor] = {}
-        # The backend's own function: the ops' detour over the dispatcher would cost as much as a small convolution.
-        choice = choose("conv_affine_act", x.device, x.dtype)
-        self._function = choice.function
-        self._into = None if choice.backend == "torch" else getattr(backend(choice.backend), _INTO, None)
+        self._packed: dict[torch.Size, _Packed] = {}
+        # The backend's own functions: the ops' detour over the dispatcher would cost as much as a small convolution.
+        self._function = choose("conv_affine_act", device, dtype).function
+        self._into, self._plain = _hook("into", device, dtype), _hook("plain", device, dtype)
+
+    def pack(self, x: Tensor) -> _Packed:
+        """The weight for inputs like ``x``, and the shape of z."""
+        packed = self._packed.get(x.shape)
+        return self._pack(x) if packed is None else packed
 
     @torch.no_grad()
-    def _pack(self, x: Tensor) -> Tensor:
+    def _pack(self, x: Tensor) -> _Packed:
+        stride, padding, dilation, _ = self._geometry
+        k, _, r, s = self._weight.shape
+        p, q = (
+            (size + 2 * padding[i] - dilation[i] * (kernel - 1) - 1) // stride[i] + 1
+            for i, (size, kernel) in enumerate(((x.shape[2], r), (x.shape[3], s)))
+        )
         folded = (self._weight.to(self._scale.dtype) * self._scale.view(-1, 1, 1, 1)).to(x.dtype)
-        packed = prepare("conv_affine_act", folded, x, *self._geometry)
+        packed = _Packed(prepare("conv_affine_act", folded, x, *self._geometry), (x.shape[0], k, p, q))
         for shape in list(self._packed)[: -self.SHAPES + 1]:
             self._packed.pop(shape, None)
         self._packed[x.shape] = packed
@@ -63,16 +102,39 @@ class Folded:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """z = act(conv(x) + shift + residual); with ``overwrite`` over ``residual``, where the backend can."""
-        w = self._packed.get(x.shape)
-        if w is None:
-            w = self._pack(x)
-        if overwrite and residual is not None and self._into is not None:
-            return self._into(residual, x, w, self.shift, *self._geometry, self.relu)
+        w, out = self.pack(x)
+        if self._into is not None:
+            if not overwrite and (kept := buffers.empty(out, x.dtype)) is not None:
+                # Filling kept memory costs far less than the page faults of new memory.
+                residual, overwrite = kept.zero_() if residual is None else kept.copy_(residual), True
+            if overwrite:
+                return self._into(residual, x, w, self.shift, *self._geometry, self.relu)
+        if self._plain is not None and residual is None:
+            z = self._plain(x, w, self.shift, *self._geometry, self.relu)
+            return z if z.is_contiguous(memory_format=torch.channels_last) else to_channels_last(z)
         return self._function(x, w, self.shift, *self._geometry, None, residual, self.relu)
 
     def bound(self, magnitude: float) -> float:
         """The largest |conv(x) + shift| that an x of this magnitude can give."""
         return self.gain * magnitude + self.offset
+
+
+class _Entry(NamedTuple):
+    """What one block's folded layers were made of, and they."""
+
+    static: tuple[Any, ...]
+    tensors: list[Tensor]
+    state: list[tuple[int, int]]
+    fingerprint: int
+    fingerprint_now: Callable[[], int]
+    folded: list[Folded]
+    situation: Any
+    watch: Watch | None
+
+
+def _state(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Address and version counter of each. Tensors made in inference mode have no counter."""
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 class FoldCache:
@@ -83,51 +145,75 @@ class FoldCache:
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[Any, ...] | None = None  # replaced whole, so that threads may share the cache
+        self._entry: _Entry | None = None  # replaced whole, so that threads may share the cache
 
-    def get(self, x: Tensor, layers: Sequence[ConvBn]) -> list[Folded] | None:
-        """Every layer folded for ``x``; None where changes could not be seen: off the CPU, or without our kernels."""
-        if x.device.type != "cpu" or reasons("bn_stats", x.device, x.dtype)["native"] is not None:
-            return None
-        native = backend("native")
-        static = (choose("conv_affine_act", x.device, x.dtype), *(layer[_TENSOR_FIELDS:] for layer in layers))
-        tensors = [t for layer in layers for t in layer[:_TENSOR_FIELDS] if isinstance(t, Tensor)]
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    def recall(self, situation: Any) -> list[Folded] | None:
+        """What ``get`` last returned, if it was for this ``situation`` and nothing whatever has changed since."""
         entry = self._entry
         if (
             entry is not None
-            and entry[0] == static
-            and entry[1] == state
-            and all(a is b for a, b in zip(entry[2], tensors, strict=True))
-            and entry[3] == native.fingerprint(tensors)
+            and entry.watch is not None
+            and entry.situation == situation
+            and entry.watch.unchanged()
+            and _state(entry.tensors) == entry.state
+            and entry.fingerprint_now() == entry.fingerprint
         ):
-            return entry[4]
-        folded = [Folded(layer, x) for layer in layers]
-        self._entry = (static, state, tensors, native.fingerprint(tensors), folded)
+            return entry.folded
+        return None
+
+    def get(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        layers: Sequence[ConvBn],
+        situation: Any = None,
+        watch: Watch | None = None,
+    ) -> list[Folded] | None:
+        """Every layer folded for ``dtype``; None where changes could not be seen: off the CPU, without our kernels.
+
+        ``situation``: all, besides what ``watch`` watches, that made the caller come here; for ``recall``.
+        """
+        if not _can_watch(device):
+            return None
+        static = (dtype, choose("conv_affine_act", device, dtype), *(layer[_TENSOR_FIELDS:] for layer in layers))
+        tensors = [t for layer in layers for t in layer[:_TENSOR_FIELDS] if isinstance(t, Tensor)]
+        state, now = _state(tensors), backend("native").fingerprinter(tensors)
+        fingerprint = now()
+        entry = self._entry
+        if (
+            entry is not None
+            and (entry.static, entry.state, entry.fingerprint) == (static, state, fingerprint)
+            and all(map(is_, entry.tensors, tensors))
+        ):
+            folded = entry.folded
+        else:
+            folded = [Folded(layer, device, dtype) for layer in layers]
+        self._entry = _Entry(static, tensors, state, fingerprint, now, folded, situation, watch)
         return folded
 
 
 #: The leading fields of ConvBn, up to and with ``bias``, are tensors; the rest are numbers.
 _TENSOR_FIELDS = 7
 
-
-def _magnitude(x: Tensor) -> float:
-    """max|x|, infinite where x holds a NaN: known from the block that made x, or measured by one pass."""
-    version = 0 if x.is_inference() else x._version
-    known = getattr(x, "_resnet_fast_bound", None)
-    if known is not None and known[0] == version:
-        return known[1]
-    return _measure(x)
+#: In place of NaN and infinity: no bound survives it, and a product with 0 does not turn it into NaN.
+_ENDLESS = 1e300
 
 
-def _measure(x: Tensor) -> float:
-    low, high = torch.aminmax(x.detach())
-    return _bounded(max(-low.item(), high.item()))
+def magnitude(x: Tensor) -> float:
+    """max|x| of a channels-last tensor, huge where x holds a NaN or an infinity; one pass."""
+    low, high = torch.aminmax(x.detach().permute(0, 2, 3, 1).reshape(-1))
+    largest = max(-low.item(), high.item())
+    return largest if math.isfinite(largest) else _ENDLESS
 
 
-def _bounded(value: float) -> float:
-    """``value``, or, for NaN and infinities, a number that no bound survives, and that 0 cannot turn into NaN."""
-    return value if math.isfinite(value) else 1e300
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` channels-last in ``dtype``: itself, or a copy."""
+    if x.dtype == dtype:
+        return to_channels_last(x)
+    kept = buffers.empty(x.shape, dtype)
+    if kept is not None:
+        return kept.copy_(x)
+    return x.to(dtype, memory_format=torch.channels_last)
 
 
 def folded_block(
@@ -138,39 +224,44 @@ def folded_block(
     residual: Tensor | None = None,
     identity: bool = False,
     disposable: bool = False,
-) -> Tensor | None:
+    known: float | None = None,
+) -> tuple[Tensor, float] | None:
     """``residual_block`` for inference, on folded layers: one library call per convolution, nothing in between.
 
-    ``disposable``: nobody needs ``x`` afterwards, so z may be written over it.
-    None where a value inside might overflow, or ``x`` holds a NaN or an infinity: a library's ReLU need not let those
-    pass, torch's does, so the caller takes another path. What cannot overflow is known from the weights' row sums, and
-    that bound travels along with z; it is measured only where it has grown too large.
-    """
-    if x.numel() == 0:
-        return None
-    side_bound = 0.0 if residual is None else _magnitude(residual)
+    Args:
+        x, layers, projection, residual, identity: as for ``residual_block``; ``x`` channels-last, the projection
+            folded without a ReLU.
+        disposable: nobody needs ``x`` afterwards, so z may be written over it.
+        known: max|x| or more, if that is known.
 
-    def bound(magnitude: float) -> float:
-        top = inner = magnitude
+    Returns z and a bound of max|z|. None where a value inside might overflow, or ``x`` holds a NaN or an infinity: a
+    library's ReLU need not let those pass, torch's does, so the caller takes another path. What cannot overflow is
+    known from the weights' row sums; ``x`` is measured only where no bound is known, or where it has grown too large.
+    """
+    side_bound = 0.0 if residual is None else magnitude(to_channels_last(residual))
+
+    def bound(largest: float) -> float:
+        top = inner = largest
         for layer in layers:
             inner = layer.bound(inner)
             top = max(top, inner)
-        side = projection.bound(magnitude) if projection else magnitude if identity else side_bound
+        side = projection.bound(largest) if projection else largest if identity else side_bound
         return max(top, inner + side)
 
-    out = bound(_magnitude(x))
+    out = _ENDLESS if known is None else bound(known)
     if not out < _LARGEST:
-        out = bound(_measure(x))
+        out = bound(magnitude(x))
         if not out < _LARGEST:
             return None
-    given, x = x, to_channels_last(x)
     overwrite = False
     if projection is not None:
         residual, overwrite = projection(x), True
     elif identity:
-        residual, overwrite = x, disposable or x is not given
+        residual, overwrite = x, disposable
     for layer in layers[:-1]:
         x = layer(x)
-    z = layers[-1](x, residual, overwrite)
-    z._resnet_fast_bound = (0 if z.is_inference() else z._version, out)  # type: ignore[attr-defined]
-    return z
+    if residual is not None:
+        residual = to_channels_last(residual)
+        if residual.shape != layers[-1].pack(x).out:
+            return None  # torch's own rules of broadcasting, or its error
+    return layers[-1](x, residual, overwrite), out

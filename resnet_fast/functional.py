@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .dispatch import forced_backend, use_backend
 
 __all__ = [
     "ConvBn",
@@ -119,7 +120,9 @@ def _autocast(
 ) -> tuple[Tensor, Tensor | None, list[ConvBn]]:
     """Under autocast: the operands of convolutions in the low dtype, as torch's conv2d would have cast them."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    # is_autocast_enabled raises for device types that have no autocast, such as meta.
+    off = not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind)
+    if off or x.dtype == torch.float64:
         return x, residual, list(layers)
     dtype = torch.get_autocast_dtype(kind)
     cast = [
@@ -130,14 +133,19 @@ def _autocast(
 
 
 @torch.no_grad()
-def _update_running(layer: ConvBn, mean: Tensor, var: Tensor) -> None:
-    """nn.BatchNorm2d's update, by the unbiased ``var``; outside the ops, which never write their inputs."""
+def _update_running(layer: ConvBn, mean: Tensor, var: Tensor, empty: bool) -> None:
+    """nn.BatchNorm2d's update, by the unbiased ``var``; outside the ops, which never write their inputs.
+
+    A batch that is ``empty`` is counted, and moves nothing, as in torch.
+    """
     if layer.running_mean is None or layer.running_var is None:
         return
     if layer.bias is not None:
         mean = mean + layer.bias.to(mean.dtype)  # the convolution ran without it: batch norm cancels it
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
+    if empty:
+        return
     factor: float | Tensor = 0.0
     if layer.momentum is not None:
         factor = layer.momentum
@@ -276,7 +284,7 @@ class _Block(torch.autograd.Function):
         ctx: Any, static: _Static, x: Tensor, residual: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         z, layers, statistics = _forward_block(static, x, residual, tensors)
-        ctx.static = static
+        ctx.static, ctx.backend = static, forced_backend()
         # At the block's end z tells the mask; without a residual it follows from y, and z need not be kept.
         end = len(layers) - static.projection - 1
         ctx.keeps_z = static.relu[end] and (static.identity or static.projection or residual is not None)
@@ -287,6 +295,14 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.backend is None:
+            return _Block._backward(ctx, dz)
+        # On a GPU this runs in autograd's own threads, which know nothing of the forward's use_backend.
+        with use_backend(ctx.backend):
+            return _Block._backward(ctx, dz)
+
+    @staticmethod
+    def _backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
         x, z, *saved = ctx.saved_tensors
         layers = [_Layer(*saved[i : i + 6]) for i in range(0, len(saved), 6)]
@@ -377,8 +393,10 @@ def residual_block(
         identity: the shortcut is ``x`` itself.
 
     At most one shortcut may be given; none makes a chain. Returns z (N, K, P, Q), channels-last, in the dtype of ``x``
-    or of autocast. Raises ``ValueError`` for wrong dimensions, or one value per channel where ``batch_stats``,
-    ``TypeError`` for a dtype that is no floating point, ``RuntimeError`` for a mix of devices or dtypes, as torch does.
+    or of autocast. Under autocast the two summands of ``x``'s gradient (main path and shortcut) are added in autocast's
+    dtype and their sum is cast to that of ``x``, where torch casts each and then adds. Raises ``ValueError`` for wrong
+    dimensions, or one value per channel where ``batch_stats``, ``TypeError`` for a dtype that is no floating point,
+    ``RuntimeError`` for a mix of devices or dtypes, as torch does.
     """
     if (projection is not None) + (residual is not None) + identity > 1:
         raise ValueError("projection, residual, identity: found more than one, supported is at most one")
@@ -402,7 +420,8 @@ def residual_block(
         z, _, statistics = _forward_block(static, x, residual, tensors)
     for i, layer in enumerate(every):
         if layer.batch_stats:
-            _update_running(layer, *statistics[2 * i : 2 * i + 2])
+            mean, var = statistics[2 * i : 2 * i + 2]
+            _update_running(layer, mean, var, empty=z.numel() == 0)
     return z
 
 

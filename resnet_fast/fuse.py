@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import adapters, dispatch
 from .folding import FoldCache
-from .plan import BlockPlan, HostPlan, Opaque, Refusal, find, run, run_unfused, why_not_now
+from .plan import BlockPlan, Handed, HostPlan, Opaque, Refusal, find, narrow, run, run_unfused, why_not_now
 
 __all__ = ["Explanation", "FuseError", "Row", "explain", "fuse", "fused", "register_block", "unfuse"]
 
@@ -55,17 +55,20 @@ def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     state: _State = self.__dict__[_KEY]
     plan = state.plan
     refusal = None
-    disposable = _taken(x)
+    handed = _taken(x)
     try:
         if args or kwargs:
             raise Refusal("called with further arguments")
         if isinstance(plan, BlockPlan):
-            return run(self, plan, x, state.caches[0], state.backend, disposable)
+            z, on = run(self, plan, x, state.caches[0], state.backend, handed)
+            if handed.inside:
+                setattr(z, _HANDED, on)
+            return z
 
         def part(i: int, x: Tensor) -> Tensor:
             nonlocal refusal
             try:
-                return run(self, plan.parts[i], x, state.caches[i], state.backend)
+                return run(self, plan.parts[i], x, state.caches[i], state.backend)[0]
             except Refusal as error:
                 refusal = str(error)
             return run_unfused(self, plan.parts[i], x)
@@ -77,7 +80,7 @@ def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if state.refusal != refusal:
             state.refusal = refusal
     original = type(self)._resnet_fast_original
-    return getattr(original, _method(plan))(self, x, *args, **kwargs)
+    return getattr(original, _method(plan))(self, narrow(x, handed), *args, **kwargs)
 
 
 def _method(plan: BlockPlan | HostPlan) -> str:
@@ -151,16 +154,20 @@ def _state(module: nn.Module) -> _State | None:
 # ---- stages -----------------------------------------------------------------------------------------------------
 
 
-#: Set on a tensor by the stage that made it and will not use it again.
-_DISPOSABLE = "_resnet_fast_disposable"
+#: The attribute of a tensor under which a stage and its blocks tell each other what they know of it.
+_HANDED = "_resnet_fast_handed"
+_NOTHING = Handed()
 
 
-def _taken(x: Any) -> bool:
-    """Whether a stage gave ``x`` away to this call. The mark is taken off: it holds for one call."""
-    if type(x) is Tensor and getattr(x, _DISPOSABLE, False):
-        delattr(x, _DISPOSABLE)
-        return True
-    return False
+def _taken(x: Any) -> Handed:
+    """What was handed on with ``x``. It is taken off: it holds for one call."""
+    if type(x) is not Tensor:
+        return _NOTHING
+    handed = getattr(x, _HANDED, None)
+    if handed is None:
+        return _NOTHING
+    delattr(x, _HANDED)
+    return handed
 
 
 def _hands_on(block: Any) -> bool:
@@ -171,13 +178,15 @@ def _hands_on(block: Any) -> bool:
 
 def _forward_stage(stage: Any, x: Any, part: Any) -> Any:
     """nn.Sequential.forward, in which a block's output, once the next block has it, is that block's to overwrite."""
-    given = True
-    for block in stage:
-        hands_on = _hands_on(block)
-        if hands_on and not given and type(x) is Tensor:
-            setattr(x, _DISPOSABLE, True)
+    blocks = list(stage)
+    tight = [_hands_on(block) for block in blocks] + [False]
+    for i, block in enumerate(blocks):
+        handed = _taken(x)
+        if not tight[i]:
+            x = narrow(x, handed)
+        elif type(x) is Tensor:
+            setattr(x, _HANDED, handed._replace(disposable=i > 0 and tight[i - 1], inside=tight[i + 1]))
         x = block(x)
-        given = not hands_on
     return x
 
 

@@ -37,12 +37,12 @@ class _Fused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, P, Q), channels-last."""
         try:
-            return run(self, self.plan, x, self._cache)
+            return run(self, self.plan, x, self._cache)[0]
         except Refusal:
             return self.unfused(x)
 
     def unfused(self, x: Tensor) -> Tensor:
-        """The same by the submodules, one after the other."""
+        """The same by the submodules, one after the other; not in place, where a hook may have seen the output."""
         raise NotImplementedError
 
 
@@ -121,7 +121,7 @@ class ConvBnAct2d(_Fused):
 
     def unfused(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))
-        return F.relu(y, inplace=True) if self.relu else y
+        return F.relu(y) if self.relu else y
 
 
 _CONV = BlockPlan("conv_bn_act", (ConvBnPath("conv", "bn", False),))
@@ -175,7 +175,7 @@ class _Residual(_Fused):
         for i, layer in enumerate(self._layers):
             out = getattr(self, layer.bn)(getattr(self, layer.conv)(out))
             if i < len(self._layers) - 1:
-                out = F.relu(out, inplace=True)
+                out = F.relu(out)
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -274,4 +274,4 @@ class Stem(_Fused):
         return self.maxpool(super().forward(x))
 
     def unfused(self, x: Tensor) -> Tensor:
-        return F.relu(run_unfused(self, self.plan, x), inplace=True)
+        return F.relu(run_unfused(self, self.plan, x))

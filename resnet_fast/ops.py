@@ -84,7 +84,11 @@ def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of ``y`` (N, K, P, Q) per channel: two (K,) tensors.
 
     Taken of the values as stored (after rounding to the storage dtype), about the mean, never as E[y^2] - E[y]^2.
+    Both are 0 where there are no values.
     """
+    if y.numel() == 0:  # var_mean's NaN would reach gamma's gradient, which is 0
+        mean = y.new_zeros(y.shape[1], dtype=stats_dtype(y.dtype))
+        return mean, torch.zeros_like(mean)
     var, mean = torch.var_mean(_wide(y), dim=(0, 2, 3), correction=0)
     return mean, var
 

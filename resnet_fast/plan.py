@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import functional as f
-from .dispatch import use_backend
-from .folding import FoldCache, folded_block
+from .dispatch import forced_backend, use_backend
+from .folding import FoldCache, Folded, arithmetic, cast, folded_block
+from .watch import Watch
 
 __all__ = [
     "BlockPlan",
@@ -120,16 +121,25 @@ class HostPlan:
     forward: Callable[[Any, Tensor, Part], Any]
 
 
-_names = functools.lru_cache(maxsize=4096)(lambda path: tuple(path.split(".")))
+@functools.lru_cache(maxsize=4096)
+def _steps(path: str) -> tuple[tuple[str, str], ...]:
+    """The names in ``path``, each behind the path of the container that holds it: ("", "a"), ("a", "b"), ..."""
+    names = path.split(".")
+    return tuple((".".join(names[:i]), name) for i, name in enumerate(names))
 
 
-def find(module: nn.Module, path: str) -> Any:
-    """The submodule at ``path``; None if it is absent, or None itself."""
+def find(module: nn.Module, path: str, plain: bool = False) -> Any:
+    """The submodule at ``path``; None if it is absent, or None itself.
+
+    ``plain``: it is to be called past the containers on the way, so Refusal is raised where one of them has hooks.
+    """
     found: Any = module
-    for name in _names(path):
+    for container, name in _steps(path):
         modules = getattr(found, "_modules", None)
         if modules is None:
             return None
+        if plain and container:
+            _check_plain(container, found)
         found = modules[name] if name in modules else getattr(found, name, None)
     return found
 
@@ -153,7 +163,7 @@ def _check_plain(path: str, m: nn.Module) -> None:
 
 
 def _conv(module: nn.Module, path: str) -> nn.Conv2d:
-    conv = find(module, path)
+    conv = find(module, path, plain=True)
     if type(conv) is not nn.Conv2d:
         raise Refusal(f"{path} is {type(conv).__name__}, supported is torch.nn.Conv2d")
     if conv.padding_mode != "zeros":
@@ -167,13 +177,13 @@ def _conv(module: nn.Module, path: str) -> nn.Conv2d:
 def _relu(module: nn.Module, act: str | bool) -> bool:
     if isinstance(act, bool):
         return act
-    m = find(module, act)
-    if m is None or type(m) is nn.Identity:
+    m = find(module, act, plain=True)
+    if m is None:
         return False
-    if type(m) is not nn.ReLU:
+    if type(m) is not nn.ReLU and type(m) is not nn.Identity:
         raise Refusal(f"{act} is {type(m).__name__}, supported are torch.nn.ReLU and none")
     _check_plain(act, m)
-    return True
+    return type(m) is nn.ReLU
 
 
 def _is_frozen(bn: Any) -> bool:
@@ -185,7 +195,7 @@ def _is_frozen(bn: Any) -> bool:
 def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
     """The layer as tensors and numbers, as it stands at this moment."""
     conv = _conv(module, paths.conv)
-    bn = find(module, paths.bn)
+    bn = find(module, paths.bn, plain=True)
     relu = _relu(module, paths.act)
     weight, bias = _tensor(conv, "weight"), _tensor(conv, "bias")
     # nn.BatchNorm2d.forward's rules: what it normalises by, and whether it updates its buffers.
@@ -222,11 +232,18 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
 def _collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.ConvBn | None]:
     """The block's layers and its projection. Raises Refusal where the plan does not hold at this moment."""
     layers = [_conv_bn(module, paths) for paths in plan.layers]
-    projection = _conv_bn(module, plan.shortcut) if isinstance(plan.shortcut, ConvBnPath) else None
+    projection = None
+    if isinstance(plan.shortcut, ConvBnPath):
+        projection = _conv_bn(module, plan.shortcut)._replace(relu=False)
+    if isinstance(plan.shortcut, Opaque):
+        find(module, plan.shortcut.path, plain=True)
     for path in plan.idle:
-        m = find(module, path)
-        if m is not None and type(m) is not nn.Identity:
+        m = find(module, path, plain=True)
+        if m is None:
+            continue
+        if type(m) is not nn.Identity:
             raise Refusal(f"{path} is {type(m).__name__}, which stands between the fused layers")
+        _check_plain(path, m)
     return layers, projection
 
 
@@ -252,8 +269,8 @@ def _transformed() -> bool:
     )
 
 
-def _check_input(x: Any, layers: list[f.ConvBn]) -> None:
-    """Refuse what the original forward is to judge: its errors are torch's own."""
+def _check_input(x: Any, layers: list[f.ConvBn], dtype: torch.dtype | None) -> None:
+    """Refuse what the original forward is to judge: its errors are torch's own. ``dtype``: what x stands for."""
     w = layers[0].weight
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         raise Refusal(f"x is {type(x).__name__}, supported is torch.Tensor")
@@ -262,13 +279,14 @@ def _check_input(x: Any, layers: list[f.ConvBn]) -> None:
     if x.dtype not in _DTYPES or x.device.type not in ("cpu", "cuda"):
         raise Refusal(f"x is {x.dtype} on {x.device}, supported are float32, bfloat16, float16 on cpu and cuda")
     autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = dtype or x.dtype
     for layer in layers:
         if layer.weight.device != x.device:
             raise Refusal(f"x is on {x.device}, a weight on {layer.weight.device}")
         if type(layer.weight) is not nn.Parameter and type(layer.weight) is not Tensor:
             raise Refusal(f"a weight is {type(layer.weight).__name__}, supported are tensors and parameters")
-        if layer.weight.dtype != x.dtype and not autocast:
-            raise Refusal(f"x is {x.dtype}, a weight {layer.weight.dtype}, without autocast")
+        if layer.weight.dtype != dtype and not autocast:
+            raise Refusal(f"x is {dtype}, a weight {layer.weight.dtype}, without autocast")
         if layer.weight.dtype not in _DTYPES:
             raise Refusal(f"a weight is {layer.weight.dtype}, supported are float32, bfloat16, float16")
 
@@ -280,60 +298,109 @@ def _needs_grad(x: Tensor, residual: Tensor | None, layers: list[f.ConvBn]) -> b
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+class Handed(NamedTuple):
+    """What goes along with a tensor from block to block inside a stage, where nobody else can hold it.
+
+    ``disposable``: the block may write over its input. ``inside``: the output, too, goes to a block of the stage alone,
+    so it may stay in the dtype in which it was computed. ``dtype``: what the tensor stands for then. ``bound``: max|x|.
+    """
+
+    disposable: bool = False
+    inside: bool = False
+    dtype: torch.dtype | None = None
+    bound: float | None = None
+
+
+_OUTSIDE = Handed()
+
+
+def narrow(x: Any, handed: Handed) -> Any:
+    """``x`` in the dtype that it stands for."""
+    return x if handed.dtype is None else x.to(handed.dtype)
+
+
 def run(
     module: nn.Module,
     plan: BlockPlan,
     x: Tensor,
     cache: FoldCache,
     backend: str | None = None,
-    disposable: bool = False,
-) -> Tensor:
-    """The fused forward of ``module``. Raises Refusal, before anything was changed, where the original must run.
+    handed: Handed = _OUTSIDE,
+) -> tuple[Tensor, Handed]:
+    """The fused forward of ``module``; and what to hand on with z, for a stage.
 
-    ``disposable``: nobody needs ``x`` afterwards; z may be written over it.
+    Raises Refusal, before anything was changed, where the original must run.
     """
     if _transformed():
         raise Refusal("inside a transform of torch")
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         raise Refusal("a global forward hook is registered, which must see every inner module")
-    layers, projection = _collect(module, plan)
-    _check_input(x, [*layers, projection] if projection else layers)
+    if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
+        raise Refusal("a global backward hook is registered, which must see every inner module")
     if backend is None:
-        return _run(module, plan, x, cache, layers, projection, disposable)
+        return _run(module, plan, x, cache, handed)
     with use_backend(backend):
-        return _run(module, plan, x, cache, layers, projection, disposable)
+        return _run(module, plan, x, cache, handed)
 
 
-def _run(
-    module: nn.Module,
-    plan: BlockPlan,
-    x: Tensor,
-    cache: FoldCache,
-    layers: list[f.ConvBn],
-    projection: f.ConvBn | None,
-    disposable: bool,
-) -> Tensor:
-    every = [*layers, projection] if projection else layers
-    residual = find(module, plan.shortcut.path)(x) if isinstance(plan.shortcut, Opaque) else None
+def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed: Handed) -> tuple[Tensor, Handed]:
+    situation, folded, residual = None, None, None
+    is_plain = type(x) is Tensor and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if is_plain:
+        situation = _situation(module, x, handed)
+        folded = cache.recall(situation)
+    if folded is None:
+        layers, projection = _collect(module, plan)
+        every = [*layers, projection] if projection else layers
+        _check_input(x, every, handed.dtype)
+    if isinstance(plan.shortcut, Opaque):
+        x, handed = narrow(x, handed), handed._replace(dtype=None)
+        residual = find(module, plan.shortcut.path)(x)
+    dtype, wide = _dtypes(x, handed)
+    if folded is None and not any(la.batch_stats for la in every) and not _needs_grad(x, residual, every):
+        folded = cache.get(x.device, wide, every, situation, Watch(module, plan.paths + plan.idle))
+    if folded is not None:
+        answer = _run_folded(plan, x, folded, residual, handed, wide)
+        if answer is not None:
+            z, bound = answer
+            if handed.inside:
+                return z, Handed(dtype=None if wide == dtype else dtype, bound=bound)
+            return cast(z, dtype), _OUTSIDE
+        layers, projection = _collect(module, plan)
+    x = narrow(x, handed)
     identity = plan.shortcut == "identity"
-    if not any(layer.batch_stats for layer in every) and not _needs_grad(x, residual, every):
-        operand = x
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            operand, residual = x.to(dtype), None if residual is None else residual.to(dtype)
-        folded = cache.get(operand, every)
-        if folded is not None:
-            z = folded_block(
-                operand,
-                folded[: len(layers)],
-                projection=folded[-1] if projection else None,
-                residual=residual,
-                identity=identity,
-                disposable=disposable or operand is not x,
-            )
-            if z is not None:
-                return z
-    return f.residual_block(x, layers, projection=projection, residual=residual, identity=identity)
+    return f.residual_block(x, layers, projection=projection, residual=residual, identity=identity), _OUTSIDE
+
+
+def _dtypes(x: Tensor, handed: Handed) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of the block's output, and the one in which it is computed."""
+    dtype = handed.dtype or x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return dtype, arithmetic(x.device, dtype)
+
+
+def _situation(module: nn.Module, x: Tensor, handed: Handed) -> tuple[Any, ...]:
+    """What, besides the submodules, decides whether and how a block runs folded. The batch and the size do not."""
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+    channels = x.shape[1] if x.dim() == 4 and x.numel() else 0
+    return id(module), channels, handed.dtype or x.dtype, x.device, autocast, forced_backend()
+
+
+def _run_folded(
+    plan: BlockPlan, x: Tensor, folded: list[Folded], residual: Tensor | None, handed: Handed, wide: torch.dtype
+) -> tuple[Tensor, float] | None:
+    operand = cast(x, wide)
+    projection = isinstance(plan.shortcut, ConvBnPath)
+    return folded_block(
+        operand,
+        folded[: len(plan.layers)],
+        projection=folded[-1] if projection else None,
+        residual=None if residual is None else cast(residual, wide),
+        identity=plan.shortcut == "identity",
+        disposable=handed.disposable or operand is not x,
+        known=handed.bound,
+    )
 
 
 def run_unfused(module: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:

@@ -140,7 +140,13 @@ def test_inputs_are_not_written() -> None:
 def _wrong(value: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same argument with a shape, dtype or device that it must not have."""
     if value.dim() == 1:
-        return {"longer": value.repeat(2), "scalar": value[0], "matrix": value[None], "device": value.to("meta")}
+        return {
+            "longer": value.repeat(2),
+            "shorter": value[:1],
+            "scalar": value[0],
+            "matrix": value[None],
+            "device": value.to("meta"),
+        }
     return {
         "smaller": value[:, :, 1:],
         "3d": value[0],
@@ -180,6 +186,52 @@ def test_native_takes_vectors_of_any_dtype_and_stride() -> None:
     kwargs["scale"] = torch.stack([kwargs["scale"], kwargs["shift"]], 1)[:, 0]
     kwargs["shift"] = kwargs["shift"].double()
     assert_same_bits(run("affine_act", kwargs, "native"), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("op, names", [("affine_act", ("rscale", "rshift")), ("bn_backward_apply", ("scale", "shift"))])
+def test_native_needs_both_vectors_of_an_affine(op: str, names: tuple[str, str]) -> None:
+    """One without the other is as none, as in the definitions: a kernel would read the other at address 0."""
+    kwargs = inputs(op, ODD, variant="projection" if op == "affine_act" else "masked")
+    neither = run(op, {**kwargs, **dict.fromkeys(names)}, "native")
+    for name in names:
+        assert_same_bits(run(op, {**kwargs, name: None}, "native"), neither)
+
+
+# ---- the fingerprint of memory
+
+
+@needs_native
+@pytest.mark.parametrize("size", [(5,), (4099,), (64, 64, 3, 3)], ids=str)
+def test_fingerprint_sees_values_and_order(size: tuple[int, ...]) -> None:
+    fingerprint = backend("native").fingerprint
+    a, b = torch.randn(size), torch.randn(size)
+    before = fingerprint([a, b])
+    assert before == fingerprint((a, b)) == fingerprint([a.clone(), b.clone()])
+    assert len({before, fingerprint([b, a]), fingerprint([a]), fingerprint([])}) == 4
+    a.data.mul_(2)
+    assert fingerprint([a, b]) != before
+
+
+@needs_native
+def test_fingerprint_reads_a_tensors_own_values_alone() -> None:
+    """Memory between the values of a view, or behind those of an expanded tensor, is not the tensor's."""
+    fingerprint = backend("native").fingerprint
+    channels_last = torch.randn(6, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    whole = torch.randn(40, 8)
+    views = [whole[:, 1], whole.t()[2:4], whole[:1, :1].expand(30, 50), whole[0].expand(4, 8)]
+    for t in (channels_last, *views):
+        before = fingerprint([t])
+        assert fingerprint([t]) == before
+        copy = t.clone(memory_format=torch.preserve_format if t is channels_last else torch.contiguous_format)
+        unchanged = fingerprint([copy])
+        copy += 1
+        assert fingerprint([copy]) != unchanged
+    before = fingerprint(views)
+    whole[20:, 4:] += 1
+    assert fingerprint(views) == before
+    whole[0, 0] += 1
+    assert fingerprint(views) != before
 
 
 # ---- every instruction set

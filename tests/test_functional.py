@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from resnet_fast import dispatch, use_backend
 from resnet_fast import functional as f
 from resnet_fast.functional import LayoutWarning, conv_bn_act, residual_block
 from tests.blocks import KINDS, Block, backward, check
@@ -148,12 +150,36 @@ def test_nchw_input(kind: str) -> None:
         assert t is None or torch.equal(ours[name], t), name
 
 
+@pytest.mark.parametrize("backend", [None, "torch"], ids=["automatic", "torch"])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"bias": True}], ids=["plain", "cumulative", "bias"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_empty_batch(kind: str, train: bool) -> None:
+def test_empty_batch(kind: str, train: bool, options: dict[str, Any], backend: str | None) -> None:
     """Zero gradients, and running statistics that a batch of nothing does not change."""
-    ours = check(Block(kind, train=train, batch=0))
+    with use_backend(backend):
+        ours = check(Block(kind, train=train, batch=0, **options))
     assert all(not t.any() for name, t in ours.items() if name.startswith("d") and t is not None)
+
+
+def test_empty_batch_moves_what_nn_batch_norm_moves() -> None:
+    """The counter, and nothing else."""
+    bn = torch.nn.BatchNorm2d(6)
+    block = Block("chain1", batch=0)
+    ours = block.layers[0]
+    before = [t.clone() for t in (ours.running_mean, ours.running_var, ours.num_batches_tracked)]
+    bn(torch.empty(0, 6, 4, 4))
+    block.ours()
+    assert torch.equal(ours.running_mean, before[0]) and torch.equal(bn.running_mean, torch.zeros(6))
+    assert torch.equal(ours.running_var, before[1]) and torch.equal(bn.running_var, torch.ones(6))
+    assert ours.num_batches_tracked == before[2] + 1 and bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_meta(kind: str) -> None:
+    """Meta tensors have no autocast to ask for, and go through the definitions."""
+    block = Block(kind).map(lambda name, t: t.to("meta"))
+    z = block.ours()
+    assert z.device.type == "meta" and z.shape == block.torchs().shape
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e18])
@@ -230,6 +256,56 @@ def test_what_backward_saved_may_not_be_changed() -> None:
     z.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends of the ops that ran, in order."""
+    seen: list[str] = []
+
+    def choose(*args: Any) -> dispatch.Choice:
+        choice = original(*args)
+        seen.append(choice.backend)
+        return choice
+
+    original = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", choose)
+    return seen
+
+
+def test_backward_runs_on_the_backend_of_its_forward(ran: list[str]) -> None:
+    """Outside of ``with use_backend``, and in a thread that never saw it, as autograd's are for a GPU."""
+    block = Block("projection").leaves()
+    with use_backend("torch"):
+        first, second = block.ours(), block.ours()
+    ran.clear()
+    first.sum().backward()
+    thread = threading.Thread(target=second.sum().backward)
+    thread.start()
+    thread.join()
+    assert len(ran) > 20 and set(ran) == {"torch"}
+    assert dispatch.forced_backend() is None
+
+
+def test_backward_of_an_automatic_forward_obeys_its_caller(ran: list[str]) -> None:
+    z = Block("projection").leaves().ours()
+    ran.clear()
+    with use_backend("torch"):
+        z.sum().backward()
+    assert ran and set(ran) == {"torch"}
+
+
+def test_compiles_as_one_graph() -> None:
+    """Called by itself; a fused module's original forward is what the compiler reads."""
+    block, other = Block("projection").leaves(), None
+    other = block.leaves()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda b: b.ours(), fullgraph=True, backend="aot_eager")
+    compiled(other).square().sum().backward()
+    block.ours().square().sum().backward()
+    for name, t in block.named().items():
+        torch.testing.assert_close(other.named()[name], t, msg=name)
+        assert t.grad is None or torch.equal(other.named()[name].grad, t.grad), name
 
 
 def test_inplace_after_a_chain_is_free() -> None:

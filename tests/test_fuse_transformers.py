@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import resnet_fast
 from tests.fusing import assert_same_model
 from tests.libraries import require
 
@@ -27,6 +28,31 @@ def test_classification(layer_type: str) -> None:
 
 def test_stride_in_the_first_convolution() -> None:
     assert_same_model(lambda: make("bottleneck", downsample_in_bottleneck=True), X, fused=9, train=False)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_hooks_on_every_level_of_a_block_are_called(train: bool) -> None:
+    """On the containers that the fused forward reaches through, and on what it leaves out, too."""
+    model = resnet_fast.fuse(make("bottleneck")).train(train)
+    block = model.resnet.encoder.stages[1].layers[0]
+    inner = [(name, m) for name, m in block.named_modules() if name]
+    assert {"layer", "layer.0", "layer.2.activation", "shortcut", "shortcut.convolution"} <= dict(inner).keys()
+    x = torch.randn(2, 128, 8, 8).contiguous(memory_format=torch.channels_last)
+    expected = block(x).detach()
+    for name, m in inner:
+        seen: list[str] = []
+        handles = [
+            m.register_forward_pre_hook(lambda m, args, seen=seen: seen.append("before")),
+            m.register_forward_hook(lambda m, args, out, seen=seen: seen.append("after")),
+        ]
+        z = block(x)
+        for handle in handles:
+            handle.remove()
+        assert seen == ["before", "after"], name
+        torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-4)
+    block(x)  # without hooks: fused again
+    rows = [row for row in resnet_fast.explain(model) if row.name.endswith("stages.1.layers.0")]
+    assert [row.status for row in rows] == ["fused"], f"\n{rows}"
 
 
 def test_other_activations_are_left_alone() -> None:

@@ -33,7 +33,9 @@ FLOORS = {
     "dispatch": 1,
     "ops": 1,
     "functional": 2,
+    "buffers": 2,
     "folding": 2,
+    "watch": 2,
     "plan": 3,
     "modules": 3,
     "adapters": 4,
@@ -48,6 +50,8 @@ FLOORS = {
 SIDEWAYS = {
     ("ops", "dispatch"),
     ("folding", "functional"),
+    ("folding", "buffers"),
+    ("folding", "watch"),
     ("modules", "plan"),
     ("fuse", "adapters"),
     ("recipes", "commands"),

@@ -94,13 +94,9 @@ def test_torchvision_weights_give_torchvisions_bits(torchvision: Any, depth: int
 
 
 @pytest.mark.parametrize(("depth", "zero_init_residual"), [(18, False), (18, True), (50, True)])
-def test_same_seed_same_weights_as_torchvision(
-    torchvision: Any, depth: int, zero_init_residual: bool
-) -> None:
+def test_same_seed_same_weights_as_torchvision(torchvision: Any, depth: int, zero_init_residual: bool) -> None:
     torch.manual_seed(0)
-    theirs = getattr(torchvision.models, f"resnet{depth}")(
-        num_classes=7, zero_init_residual=zero_init_residual
-    )
+    theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=7, zero_init_residual=zero_init_residual)
     torch.manual_seed(0)
     ours = models.create(f"resnet{depth}", num_classes=7, zero_init_residual=zero_init_residual)
     assert_same_tensors(ours.state_dict(), theirs.state_dict())
@@ -140,14 +136,10 @@ def test_cifar_depth_and_parameters(name: str) -> None:
     assert f"{millions:.{digits}f}" == paper
 
 
-@pytest.mark.parametrize(
-    ("name", "depth"), [(f"resnet{d}", d) for d in IMAGENET] + [("plain18", 18), ("plain34", 34)]
-)
+@pytest.mark.parametrize(("name", "depth"), [(f"resnet{d}", d) for d in IMAGENET] + [("plain18", 18), ("plain34", 34)])
 def test_imagenet_depth(name: str, depth: int) -> None:
     model = on_meta(name)
-    main_path = [
-        m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in n
-    ]
+    main_path = [m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "downsample" not in n]
     assert len(main_path) == depth
 
 
@@ -155,9 +147,7 @@ def test_imagenet_depth(name: str, depth: int) -> None:
 def test_option_a_has_the_plain_nets_parameters(name: str) -> None:
     plain = on_meta(name.replace("resnet", "plain"))
     residual = on_meta(name, shortcut="A")
-    assert {k: v.shape for k, v in residual.state_dict().items()} == {
-        k: v.shape for k, v in plain.state_dict().items()
-    }
+    assert {k: v.shape for k, v in residual.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -346,9 +336,7 @@ def test_where_the_shortcuts_are(block: Any, shortcut: str) -> None:
             changes = i == 0 and (stage > 0 or block is Bottleneck)
             if shortcut == "C" or (shortcut == "B" and changes):
                 conv, bn = b.downsample
-                assert (
-                    conv.kernel_size == (1, 1) and conv.stride == (b.stride, b.stride) and conv.bias is None
-                )
+                assert conv.kernel_size == (1, 1) and conv.stride == (b.stride, b.stride) and conv.bias is None
                 assert isinstance(bn, nn.BatchNorm2d)
             elif changes:
                 assert type(b.downsample) is SubsamplePad and b.downsample.stride == b.stride
@@ -430,9 +418,7 @@ def test_norm_layer() -> None:
         ("in_channels", 0, "integer of at least 1"),
     ],
 )
-def test_bad_values_name_argument_value_and_choices(
-    name: str, option: str, value: Any, supported: str
-) -> None:
+def test_bad_values_name_argument_value_and_choices(name: str, option: str, value: Any, supported: str) -> None:
     if name == "cifar_resnet20" and option == "version":
         return  # not an option there
     with pytest.raises(ValueError, match=f"{option}={value!r} is not supported; use .*{supported}"):
@@ -485,9 +471,7 @@ def test_models_and_all_agree() -> None:
     [("resnet51", "resnet50"), ("ResNet18", "resnet18"), ("cifar_resnet120", "cifar_resnet")],
 )
 def test_create_suggests_a_name(wrong: str, suggestion: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"name='{wrong}'.*did you mean '{suggestion}.*supported: resnet18, "
-    ):
+    with pytest.raises(ValueError, match=f"name='{wrong}'.*did you mean '{suggestion}.*supported: resnet18, "):
         models.create(wrong)
 
 

@@ -28,9 +28,7 @@ FILES = {
         def test_long(benchmark): benchmark.pedantic(int, rounds=2)
         """,
 }
-needs_pytest_benchmark = pytest.mark.skipif(
-    not find_spec("pytest_benchmark"), reason="needs pytest-benchmark"
-)
+needs_pytest_benchmark = pytest.mark.skipif(not find_spec("pytest_benchmark"), reason="needs pytest-benchmark")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,13 @@ def _vector(name: str, v: Tensor | None, y: Tensor) -> Tensor | None:
     return v.to(torch.float32).contiguous()
 
 
+def _affine(y: Tensor, scale: Tensor | None, shift: Tensor | None, prefix: str = "") -> dict[str, Tensor | None]:
+    """An optional affine's vectors as arguments: both or, as in the definitions, neither."""
+    if scale is None or shift is None:
+        scale = shift = None
+    return {f"{prefix}{name}": _vector(f"{prefix}{name}", v, y) for name, v in (("scale", scale), ("shift", shift))}
+
+
 def _size(y: Tensor) -> dict[str, Any]:
     n, k, p, q = y.shape
     return {"npq": n * p * q, "k": k, "dtype": _DTYPES[y.dtype]}
@@ -119,17 +126,31 @@ _SAMPLE = 16384
 _WHOLE = 16384
 
 
-def fingerprint(tensors: Sequence[Tensor]) -> int:
-    """64-bit hash of CPU tensors' memory: all of the small ones, samples of the large ones."""
-    sizes = [t.numel() * t.element_size() for t in tensors]
-    small = [(t.data_ptr(), n) for t, n in zip(tensors, sizes, strict=True) if n <= _WHOLE]
-    large = [(t.data_ptr(), n) for t, n in zip(tensors, sizes, strict=True) if n > _WHOLE]
-    hashes = [
-        _C.cpu.fingerprint(addresses=[a for a, _ in part], nbytes=[n for _, n in part], stride=stride)
+def fingerprinter(tensors: Sequence[Tensor]) -> Callable[[], int]:
+    """A function that hashes these CPU tensors' memory as it is: all of the small ones, samples of the large ones.
+
+    Valid as long as the tensors keep their addresses and sizes.
+    """
+    dense = [t for t in tensors if t.is_contiguous() or t.is_contiguous(memory_format=CHANNELS_LAST)]
+    # The values of others (expanded, sliced) do not fill the bytes behind their address: a copy's do.
+    other = [t for t in tensors if not any(t is d for d in dense)]
+    small = [(t.data_ptr(), t.nbytes) for t in dense if t.nbytes <= _WHOLE]
+    large = [(t.data_ptr(), t.nbytes) for t in dense if t.nbytes > _WHOLE]
+    parts: list[dict[str, Any]] = [
+        {"addresses": [a for a, _ in part], "nbytes": [n for _, n in part], "stride": stride}
         for part, stride in ((small, 0), (large, _SAMPLE))
-        if part
     ]
-    return hash(tuple(hashes))
+
+    def now() -> int:
+        hashes = [_C.cpu.fingerprint(**part) for part in parts]
+        return hash((*hashes, fingerprint([t.contiguous() for t in other]) if other else 0))
+
+    return now
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """64-bit hash of CPU tensors' memory: see :func:`fingerprinter`."""
+    return fingerprinter(tensors)()
 
 
 # ---- row bn_act -------------------------------------------------------------------------------------------------
@@ -160,8 +181,7 @@ def affine_act(
         scale=_vector("scale", scale, y),
         shift=_vector("shift", shift, y),
         residual=None if residual is None else _matrix("residual", residual, y),
-        rscale=_vector("rscale", rscale, y),
-        rshift=_vector("rshift", rshift, y),
+        **_affine(y, rscale, rshift, "r"),
         z=z,
         relu=relu,
         **_size(y),
@@ -213,8 +233,7 @@ def bn_backward_sums(
         dz=_matrix("dz", dz, y),
         y=y,
         mean=_vector("mean", mean, y),
-        scale=_vector("scale", scale, y),
-        shift=_vector("shift", shift, y),
+        **_affine(y, scale, shift),
         sum_g=sum_g,
         sum_gy=sum_gy,
         workspace=_workspace(y),
@@ -244,8 +263,7 @@ def bn_backward_apply(
         a=_vector("a", a, y),
         b=_vector("b", b, y),
         c=_vector("c", c, y),
-        scale=_vector("scale", scale, y),
-        shift=_vector("shift", shift, y),
+        **_affine(y, scale, shift),
         dy=dy,
         **_size(y),
     )
@@ -343,4 +361,5 @@ def conv_affine_act(
     relu: bool = True,
 ) -> Tensor:
     y = F.conv2d(x, w, None, stride, padding, dilation, groups)
-    return affine_act(y, torch.ones_like(shift) if scale is None else scale, shift, residual, relu=relu)
+    one = y.new_ones(y.shape[1], dtype=torch.float32) if scale is None else scale
+    return affine_act(y, one, shift, residual, relu=relu)

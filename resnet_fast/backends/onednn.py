@@ -15,14 +15,12 @@ _OPS = ("conv_affine_act",)
 
 
 @functools.cache
-def _unavailable(dtype: torch.dtype) -> str | None:
+def _unavailable() -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
     ops = torch.ops.mkldnn
     if not (hasattr(ops, "_convolution_pointwise") and hasattr(ops, "_reorder_convolution_weight")):
         return "this torch has no fused oneDNN convolution (torch.ops.mkldnn._convolution_pointwise)"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN has no bfloat16 convolution for this processor (it needs AVX-512)"
     return None
 
 
@@ -38,7 +36,17 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"dtype {str(dtype).removeprefix('torch.')} (supported: float32, bfloat16)"
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn.enabled is False"
-    return _unavailable(dtype)
+    return _unavailable()
+
+
+@functools.cache
+def conv_affine_act_arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to convolve in: bfloat16 only where the processor has AMX tiles for it.
+
+    AVX-512's bfloat16 dot product is slower than its float32 (docs/conv.md, entry 4), and what lacks it emulates it.
+    """
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return dtype if dtype != torch.bfloat16 or has_tiles else torch.float32
 
 
 def conv_affine_act_prepare(
@@ -49,6 +57,29 @@ def conv_affine_act_prepare(
     The size matters: a weight laid out for another one is laid out anew at every call (docs/conv.md, entry 2).
     """
     return torch.ops.mkldnn._reorder_convolution_weight(w.contiguous(), padding, stride, dilation, groups, input_size)
+
+
+def _check(
+    x: Tensor, w: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None, geometry: tuple[list[int], ...]
+) -> None:
+    """oneDNN itself reads whatever lies there. ``geometry``: stride, padding, dilation."""
+    for name, t in (("x", x), ("w", w)):
+        if t.dim() != 4:
+            raise ValueError(f"{name}: found {t.dim()} dimensions, supported are 4")
+    k = w.shape[0]
+    if w.dtype != x.dtype and w.layout == torch.strided:
+        raise ValueError(f"w: found {w.dtype}, expected {x.dtype}, the dtype of x")
+    for name, vector in (("shift", shift), ("scale", scale)):
+        if vector is not None and vector.shape != (k,):
+            raise ValueError(f"{name}: found {tuple(vector.shape)}, expected ({k},)")
+    if residual is None:
+        return
+    stride, padding, dilation = geometry
+    size = [(x.shape[i + 2] + 2 * padding[i] - dilation[i] * (w.shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    if residual.shape != (x.shape[0], k, *size) or residual.dtype != x.dtype:
+        raise ValueError(
+            f"residual: found {tuple(residual.shape)} {residual.dtype}, expected {(x.shape[0], k, *size)} {x.dtype}"
+        )
 
 
 def conv_affine_act(
@@ -63,18 +94,47 @@ def conv_affine_act(
     residual: Tensor | None = None,
     relu: bool = True,
 ) -> Tensor:
-    x = x.contiguous(memory_format=torch.channels_last)
+    _check(x, w, shift, scale, residual, (stride, padding, dilation))
+    dtype, wide = x.dtype, conv_affine_act_arithmetic(x.dtype)
+    x = x.to(wide).contiguous(memory_format=torch.channels_last)
     if scale is not None:
-        w = (w.float() * scale.view(-1, 1, 1, 1)).to(w.dtype)
-    shift = shift.to(x.dtype)
+        w = (w.float() * scale.view(-1, 1, 1, 1)).to(wide)
+    elif w.layout == torch.strided:
+        w = w.to(wide)
+    shift = shift.to(wide)
     geometry = (padding, stride, dilation, groups)
+    act = "relu" if relu else "none"
     if residual is None:
-        z = torch.ops.mkldnn._convolution_pointwise(x, w, shift, *geometry, "relu" if relu else "none", [], "")
+        z = torch.ops.mkldnn._convolution_pointwise(x, w, shift, *geometry, act, [], "")
     else:
-        act = "relu" if relu else None
-        residual = residual.contiguous(memory_format=torch.channels_last)
-        z = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, w, shift, *geometry, "add", 1.0, act, [], None)
-    return z.contiguous(memory_format=torch.channels_last)
+        residual = residual.to(wide).contiguous(memory_format=torch.channels_last)
+        try:
+            z = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, w, shift, *geometry, "add", 1.0, "relu" if relu else None, [], None
+            )
+        except RuntimeError as error:
+            # Where oneDNN hands a bfloat16 convolution back to torch, torch has no sum with a ReLU to offer.
+            if "Unsupported datatype" not in str(error):
+                raise
+            z = torch.ops.mkldnn._convolution_pointwise(x, w, shift, *geometry, "none", [], "").add_(residual)
+            z = z.relu_() if relu else z
+    return z.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def conv_affine_act_plain(
+    x: Tensor,
+    w: Tensor,
+    shift: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """``conv_affine_act`` without a residual and without checks: all in one dtype, x channels-last, w prepared."""
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, w, shift, padding, stride, dilation, groups, "relu" if relu else "none", [], ""
+    )
 
 
 def conv_affine_act_into(
@@ -88,8 +148,16 @@ def conv_affine_act_into(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    """``conv_affine_act`` that writes z over ``residual``, which nobody else may need: no new memory."""
+    """``conv_affine_act`` that writes z over ``residual``, which nobody else may need: no new memory.
+
+    Nothing is checked. All in one dtype, x and residual channels-last, the residual in the shape of z.
+    """
     act = "relu" if relu else None
-    return torch.ops.mkldnn._convolution_pointwise_.binary(
-        residual, x, w, shift, padding, stride, dilation, groups, "add", 1.0, act, [], None
-    )
+    try:
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            residual, x, w, shift, padding, stride, dilation, groups, "add", 1.0, act, [], None
+        )
+    except RuntimeError as error:
+        if "Unsupported datatype" not in str(error):
+            raise
+        return conv_affine_act(x, w, shift, stride, padding, dilation, groups, None, residual, relu)
