@@ -7,6 +7,7 @@ too). Training convolutions need no entry here: torch's own already run on oneDN
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,21 @@ def _unavailable() -> str | None:
     if not (hasattr(ops, "_convolution_pointwise") and hasattr(ops, "_reorder_convolution_weight")):
         return "this torch has no fused oneDNN convolution (torch.ops.mkldnn._convolution_pointwise)"
     return None
+
+
+class _Overloads(NamedTuple):
+    """oneDNN's fused convolutions, each overload by name: resolving it costs 7 us a call."""
+
+    plain: Any
+    binary: Any
+    binary_into: Any
+
+
+@functools.cache
+def _convolution() -> _Overloads:
+    ops = torch.ops.mkldnn
+    fused = ops._convolution_pointwise
+    return _Overloads(fused.default, fused.binary, ops._convolution_pointwise_.binary)
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -105,18 +121,16 @@ def conv_affine_act(
     geometry = (padding, stride, dilation, groups)
     act = "relu" if relu else "none"
     if residual is None:
-        z = torch.ops.mkldnn._convolution_pointwise(x, w, shift, *geometry, act, [], "")
+        z = _convolution().plain(x, w, shift, *geometry, act, [], "")
     else:
         residual = residual.to(wide).contiguous(memory_format=torch.channels_last)
         try:
-            z = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, residual, w, shift, *geometry, "add", 1.0, "relu" if relu else None, [], None
-            )
+            z = _convolution().binary(x, residual, w, shift, *geometry, "add", 1.0, "relu" if relu else None, [], None)
         except RuntimeError as error:
             # Where oneDNN hands a bfloat16 convolution back to torch, torch has no sum with a ReLU to offer.
             if "Unsupported datatype" not in str(error):
                 raise
-            z = torch.ops.mkldnn._convolution_pointwise(x, w, shift, *geometry, "none", [], "").add_(residual)
+            z = _convolution().plain(x, w, shift, *geometry, "none", [], "").add_(residual)
             z = z.relu_() if relu else z
     return z.to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -132,9 +146,7 @@ def conv_affine_act_plain(
     relu: bool,
 ) -> Tensor:
     """``conv_affine_act`` without a residual and without checks: all in one dtype, x channels-last, w prepared."""
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, w, shift, padding, stride, dilation, groups, "relu" if relu else "none", [], ""
-    )
+    return _convolution().plain(x, w, shift, padding, stride, dilation, groups, "relu" if relu else "none", [], "")
 
 
 def conv_affine_act_into(
@@ -154,7 +166,7 @@ def conv_affine_act_into(
     """
     act = "relu" if relu else None
     try:
-        return torch.ops.mkldnn._convolution_pointwise_.binary(
+        return _convolution().binary_into(
             residual, x, w, shift, padding, stride, dilation, groups, "add", 1.0, act, [], None
         )
     except RuntimeError as error:
