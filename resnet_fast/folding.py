@@ -33,10 +33,28 @@ def _hook(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     return None if choice.backend == "torch" else getattr(backend(choice.backend), f"conv_affine_act_{name}", None)
 
 
-def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which folded blocks are computed for inputs of ``dtype``: wider, where the hardware is faster so."""
+#: Multiply-adds per value of a block's input and output from which a wider arithmetic earns back the two conversions:
+#: at about 4 ps saved a multiply-add and 400 ps a value converted (docs/conv.md, entry 4).
+_INTENSE = 100
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype, layers: Sequence[ConvBn], projection: bool) -> torch.dtype:
+    """The dtype in which a block is computed for inputs of ``dtype``: wider, where the hardware is faster so.
+
+    ``projection``: the last layer is the shortcut's.
+    """
     hook = _hook("arithmetic", device, dtype)
-    return dtype if hook is None else hook(dtype)
+    wide = dtype if hook is None else hook(dtype)
+    if wide == dtype:
+        return dtype
+    main = layers[:-1] if projection else layers
+    macs, positions = (float(layers[-1].weight.numel()) if projection else 0.0), 1
+    for layer in reversed(main):  # per position of the output
+        macs += layer.weight.numel() * positions
+        positions *= layer.stride[0] * layer.stride[1]
+    first = main[0]
+    values = first.weight.shape[1] * first.groups * positions + main[-1].weight.shape[0]
+    return wide if macs / values >= _INTENSE else dtype
 
 
 @functools.lru_cache(maxsize=64)
@@ -72,6 +90,7 @@ class Folded:
         if not math.isfinite(self.gain + self.offset):
             self.gain = self.offset = _ENDLESS
         self.shift = shift.to(dtype)
+        self.dtype = dtype
         self.relu = layer.relu
         self._weight = layer.weight
         self._geometry = layer.geometry

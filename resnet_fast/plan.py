@@ -356,28 +356,23 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
     if isinstance(plan.shortcut, Opaque):
         x, handed = narrow(x, handed), handed._replace(dtype=None)
         residual = find(module, plan.shortcut.path)(x)
-    dtype, wide = _dtypes(x, handed)
+    dtype = handed.dtype or x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
     if folded is None and not any(la.batch_stats for la in every) and not _needs_grad(x, residual, every):
+        wide = arithmetic(x.device, dtype, every, projection is not None)
         folded = cache.get(x.device, wide, every, situation, Watch(module, plan.paths + plan.idle))
     if folded is not None:
-        answer = _run_folded(plan, x, folded, residual, handed, wide)
+        answer = _run_folded(plan, x, folded, residual, handed)
         if answer is not None:
             z, bound = answer
             if handed.inside:
-                return z, Handed(dtype=None if wide == dtype else dtype, bound=bound)
+                return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
             return cast(z, dtype), _OUTSIDE
         layers, projection = _collect(module, plan)
     x = narrow(x, handed)
     identity = plan.shortcut == "identity"
     return f.residual_block(x, layers, projection=projection, residual=residual, identity=identity), _OUTSIDE
-
-
-def _dtypes(x: Tensor, handed: Handed) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of the block's output, and the one in which it is computed."""
-    dtype = handed.dtype or x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return dtype, arithmetic(x.device, dtype)
 
 
 def _situation(module: nn.Module, x: Tensor, handed: Handed) -> tuple[Any, ...]:
@@ -388,8 +383,9 @@ def _situation(module: nn.Module, x: Tensor, handed: Handed) -> tuple[Any, ...]:
 
 
 def _run_folded(
-    plan: BlockPlan, x: Tensor, folded: list[Folded], residual: Tensor | None, handed: Handed, wide: torch.dtype
+    plan: BlockPlan, x: Tensor, folded: list[Folded], residual: Tensor | None, handed: Handed
 ) -> tuple[Tensor, float] | None:
+    wide = folded[0].dtype
     operand = cast(x, wide)
     projection = isinstance(plan.shortcut, ConvBnPath)
     return folded_block(

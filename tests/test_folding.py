@@ -23,7 +23,8 @@ needs_folding = pytest.mark.skipif(
 def fold(cache: FoldCache, block: Block) -> tuple[list[Folded], Folded | None]:
     """The block's layers and its projection, folded for the dtype in which they are computed."""
     every = [*block.layers, *([block.projection._replace(relu=False)] if block.projection else [])]
-    folded = cache.get(block.x.device, arithmetic(block.x.device, block.x.dtype), every)
+    wide = arithmetic(block.x.device, block.x.dtype, every, block.projection is not None)
+    folded = cache.get(block.x.device, wide, every)
     assert folded is not None
     n = len(block.layers)
     return folded[:n], folded[n] if block.projection else None
@@ -31,7 +32,7 @@ def fold(cache: FoldCache, block: Block) -> tuple[list[Folded], Folded | None]:
 
 def run(block: Block, layers: list[Folded], projection: Folded | None, **options: Any) -> Tensor | None:
     """folded_block as plans call it: in the dtype of arithmetic, and back."""
-    wide = arithmetic(block.x.device, block.x.dtype)
+    wide = layers[0].dtype
     residual = None if block.residual is None else cast(block.residual, wide)
     answer = folded_block(
         cast(block.x, wide), layers, projection=projection, residual=residual, identity=block.identity, **options

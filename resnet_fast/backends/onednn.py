@@ -56,8 +56,14 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
+def _has_bfloat16() -> bool:
+    """Whether oneDNN convolves bfloat16 on this processor at all; it needs AVX-512 or AVX-NE-CONVERT."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@functools.cache
 def conv_affine_act_arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to convolve in: bfloat16 only where the processor has AMX tiles for it.
+    """The dtype that convolves fastest on inputs of ``dtype``: bfloat16 only where the processor has AMX tiles for it.
 
     AVX-512's bfloat16 dot product is slower than its float32 (docs/conv.md, entry 4), and what lacks it emulates it.
     """
@@ -111,19 +117,20 @@ def conv_affine_act(
     relu: bool = True,
 ) -> Tensor:
     _check(x, w, shift, scale, residual, (stride, padding, dilation))
-    dtype, wide = x.dtype, conv_affine_act_arithmetic(x.dtype)
-    x = x.to(wide).contiguous(memory_format=torch.channels_last)
+    if x.dtype == torch.bfloat16 and not _has_bfloat16():
+        wide = [None if t is None else t.float() for t in (x, w.to_dense(), shift, scale, residual)]
+        z = conv_affine_act(*wide[:3], stride, padding, dilation, groups, *wide[3:], relu)  # type: ignore[arg-type]
+        return z.to(torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
     if scale is not None:
-        w = (w.float() * scale.view(-1, 1, 1, 1)).to(wide)
-    elif w.layout == torch.strided:
-        w = w.to(wide)
-    shift = shift.to(wide)
+        w = (w.float() * scale.view(-1, 1, 1, 1)).to(x.dtype)
+    shift = shift.to(x.dtype)
     geometry = (padding, stride, dilation, groups)
     act = "relu" if relu else "none"
     if residual is None:
         z = _convolution().plain(x, w, shift, *geometry, act, [], "")
     else:
-        residual = residual.to(wide).contiguous(memory_format=torch.channels_last)
+        residual = residual.contiguous(memory_format=torch.channels_last)
         try:
             z = _convolution().binary(x, residual, w, shift, *geometry, "add", 1.0, "relu" if relu else None, [], None)
         except RuntimeError as error:
@@ -132,7 +139,7 @@ def conv_affine_act(
                 raise
             z = _convolution().plain(x, w, shift, *geometry, "none", [], "").add_(residual)
             z = z.relu_() if relu else z
-    return z.to(dtype).contiguous(memory_format=torch.channels_last)
+    return z.contiguous(memory_format=torch.channels_last)
 
 
 def conv_affine_act_plain(
