@@ -118,8 +118,18 @@ def conv_affine_act(
 ) -> Tensor:
     _check(x, w, shift, scale, residual, (stride, padding, dilation))
     if x.dtype == torch.bfloat16 and not _has_bfloat16():
-        wide = [None if t is None else t.float() for t in (x, w.to_dense(), shift, scale, residual)]
-        z = conv_affine_act(*wide[:3], stride, padding, dilation, groups, *wide[3:], relu)  # type: ignore[arg-type]
+        z = conv_affine_act(
+            x.float(),
+            w.to_dense().float(),
+            shift,
+            stride,
+            padding,
+            dilation,
+            groups,
+            scale,
+            None if residual is None else residual.float(),
+            relu,
+        )
         return z.to(torch.bfloat16)
     x = x.contiguous(memory_format=torch.channels_last)
     if scale is not None:
