@@ -161,13 +161,7 @@ _NOTHING = Handed()
 
 def _taken(x: Any) -> Handed:
     """What was handed on with ``x``. It is taken off: it holds for one call."""
-    if type(x) is not Tensor:
-        return _NOTHING
-    handed = getattr(x, _HANDED, None)
-    if handed is None:
-        return _NOTHING
-    delattr(x, _HANDED)
-    return handed
+    return vars(x).pop(_HANDED, _NOTHING) if type(x) is Tensor else _NOTHING  # at once: threads may share x
 
 
 def _hands_on(block: Any) -> bool:
