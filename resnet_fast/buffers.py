@@ -7,6 +7,7 @@ handed out again once nobody holds them.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 
@@ -21,13 +22,31 @@ SMALLEST = 32 * 2**20
 IDLE = 256 * 2**20
 
 _lock = threading.Lock()
-_kept: list[torch.UntypedStorage] = []
-#: References to a storage, from Python and C++ together: 1 is ours alone. None where this torch cannot tell.
+#: References to a storage from everywhere, given its address. None where this torch cannot tell: then nothing is kept.
 _count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
-def _is_idle(storage: torch.UntypedStorage) -> bool:
-    return _count is not None and _count(storage._cdata) == 1
+class _Block:
+    """Kept memory. It is idle while it is referred to just as it was when it was new."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = torch.empty(nbytes, dtype=torch.uint8)
+        self._when_new = self._references()
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.untyped_storage().nbytes()
+
+    def _references(self) -> tuple[int, int]:
+        """To the storage from C++ (tensors, views, arrays, saved tensors), and to its one Python object."""
+        storage = self.memory.untyped_storage()
+        return 0 if _count is None else _count(storage._cdata), sys.getrefcount(storage)
+
+    def is_idle(self) -> bool:
+        return self._references() == self._when_new
+
+
+_kept: list[_Block] = []
 
 
 def empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
@@ -42,15 +61,15 @@ def empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor | N
     strides = (h * w * c, 1, w * c, c)
     with _lock:
         # What went into shared memory may be held by another process, where nobody counts.
-        _kept[:] = [s for s in _kept if not s.is_shared() and s.nbytes() >= SMALLEST]
-        fitting = [s for s in _kept if nbytes <= s.nbytes() <= 2 * nbytes and _is_idle(s)]
+        _kept[:] = [b for b in _kept if not b.memory.is_shared() and b.nbytes == b.memory.nbytes]
+        fitting = [b for b in _kept if nbytes <= b.nbytes <= 2 * nbytes and b.is_idle()]
         if fitting:
-            storage = min(fitting, key=lambda s: s.nbytes())
+            block = min(fitting, key=lambda b: b.nbytes)
         else:
             _trim(IDLE - nbytes)
-            storage = torch.UntypedStorage(nbytes)
-            _kept.append(storage)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, (n, c, h, w), strides)
+            block = _Block(nbytes)
+            _kept.append(block)
+        return torch.empty(0, dtype=dtype).set_(block.memory.untyped_storage(), 0, (n, c, h, w), strides)
 
 
 def release() -> None:
@@ -61,10 +80,10 @@ def release() -> None:
 
 def _trim(limit: int) -> None:
     """Give back idle blocks, the oldest first, until at most ``limit`` bytes of them are kept."""
-    idle = [s for s in _kept if _is_idle(s)]
-    total = sum(s.nbytes() for s in idle)
-    for storage in idle:
+    idle = [b for b in _kept if b.is_idle()]
+    total = sum(b.nbytes for b in idle)
+    for block in idle:
         if total <= limit:
             break
-        total -= storage.nbytes()
-        _kept[:] = [s for s in _kept if s is not storage]
+        total -= block.nbytes
+        _kept.remove(block)

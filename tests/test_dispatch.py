@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_fast import BackendError, dispatch, ops, use_backend
-from resnet_fast.dispatch import BACKENDS, OPS, Choice, choose, reasons
+from resnet_fast.dispatch import BACKENDS, OPS, Choice, backend, choose, reasons
 from tests.cases import TINY, VARIANTS, inputs
 from tests.tolerance import assert_same_bits
 
@@ -259,3 +259,24 @@ def test_autocast_is_off_inside_an_op() -> None:
                 found = ops.conv_stats(**kwargs)
             assert found[0].dtype == torch.float32
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(
+    reasons("bn_stats", torch.device("cpu"), torch.float32)["native"] is not None, reason="needs the native kernels"
+)
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        (["sm_80", "sm_90", "compute_90"], (8, 0), True),
+        (["sm_80", "sm_90", "compute_90"], (8, 9), True),
+        (["sm_80", "sm_90", "compute_90"], (10, 0), True),
+        (["sm_80", "sm_90", "compute_90"], (7, 5), False),
+        (["sm_80"], (9, 0), False),
+        (["sm_86"], (8, 0), False),
+        (["sm_90a"], (9, 0), True),
+        (["sm_90a"], (10, 0), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_which_gpus_a_build_serves(archs: list[str], capability: tuple[int, int], runs: bool) -> None:
+    assert backend("native")._runs_on(archs, capability) is runs

@@ -44,6 +44,36 @@ def _no_cuda() -> str | None:
     return reason or None
 
 
+def _runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a build for ``archs`` ("sm_80", "compute_90") has code for a GPU of this compute capability.
+
+    Machine code runs on its own major version from its minor version on; PTX on everything newer.
+    """
+    for arch in archs:
+        kind, _, number = arch.partition("_")
+        digits = number.rstrip("af")  # sm_90a, sm_100f: for exactly that GPU, or its family
+        version = int(digits[:-1]), int(digits[-1])
+        if digits != number:
+            if version == capability:
+                return True
+        elif version <= capability and (kind == "compute" or version[0] == capability[0]):
+            return True
+    return False
+
+
+@functools.cache
+def _no_code(device: torch.device) -> str | None:
+    """Why this GPU has no kernels in this build, or None."""
+    archs, capability = _C.build_info()["cuda_archs"], torch.cuda.get_device_capability(device)
+    if _runs_on(archs, capability):
+        return None
+    version = ".".join(map(str, capability))
+    reason = f"built for {', '.join(archs)}, and {device} has compute capability {version}"
+    if capability >= (8, 0):
+        return f'{reason}; remedy: TORCH_CUDA_ARCH_LIST="{version}" pip install -e . --no-build-isolation --no-deps'
+    return f"{reason} (supported: 8.0 and newer)"
+
+
 def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None where these kernels can run ``op``, else the reason."""
     if dtype not in _DTYPES:
@@ -51,7 +81,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         return None
     if device.type == "cuda":
-        return _no_cuda()
+        return _no_cuda() or _no_code(device)
     return f"device type {device.type} (supported: cpu, cuda)"
 
 

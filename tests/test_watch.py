@@ -1,0 +1,60 @@
+"""A Watch notices every change that a plan's guards could have read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_fast import models
+from resnet_fast.watch import Watch
+
+PATHS = ("conv1", "bn1", "relu", "conv2", "bn2", "downsample.0", "downsample.1", "se")
+
+
+def block() -> models.BasicBlock:
+    return models.BasicBlock(4, 8, 2, nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.BatchNorm2d(8))).eval()
+
+
+CHANGES: dict[str, Callable[[models.BasicBlock], object]] = {
+    "train": lambda b: b.train(),
+    "train one norm": lambda b: b.bn2.train(),
+    "replaced module": lambda b: setattr(b, "bn1", nn.BatchNorm2d(8).eval()),
+    "replaced in a container": lambda b: b.downsample.__setitem__(1, nn.BatchNorm2d(8).eval()),
+    "added to a container": lambda b: b.downsample.append(nn.ReLU()),
+    "a module where there was none": lambda b: setattr(b, "se", nn.Dropout()),
+    "replaced parameter": lambda b: setattr(b.conv1, "weight", nn.Parameter(b.conv1.weight.detach())),
+    "removed parameter": lambda b: setattr(b.bn1, "bias", None),
+    "replaced buffer": lambda b: setattr(b.bn1, "running_var", b.bn1.running_var.clone()),
+    "number": lambda b: setattr(b.bn1, "eps", 0.25),
+    "stride": lambda b: setattr(b.conv2, "stride", (2, 2)),
+    "hook": lambda b: b.relu.register_forward_hook(print),
+    "pre-hook": lambda b: b.conv2.register_forward_pre_hook(print),
+    "backward hook": lambda b: b.bn2.register_full_backward_hook(print),
+    "hook on a container": lambda b: b.downsample.register_forward_hook(print),
+    "forward": lambda b: setattr(b.conv1, "forward", print),
+    "class": lambda b: setattr(b.conv1, "__class__", type("Mine", (nn.Conv2d,), {})),
+    "parametrization": lambda b: torch.nn.utils.parametrizations.weight_norm(b.conv1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_change_is_seen(change: Callable[[models.BasicBlock], object]) -> None:
+    b = block()
+    watch = Watch(b, PATHS)
+    assert watch.unchanged() and watch.unchanged()
+    change(b)
+    assert not watch.unchanged()
+
+
+def test_use_is_no_change() -> None:
+    b = block()
+    watch = Watch(b, PATHS)
+    with torch.no_grad():
+        b(torch.randn(2, 4, 8, 8))
+    b.register_forward_hook(print)  # the block's own: its caller's business
+    b.state_dict()
+    list(b.parameters())
+    assert watch.unchanged()
