@@ -26,15 +26,14 @@ __all__ = ["FoldCache", "Folded", "arithmetic", "cast", "folded_block", "magnitu
 _LARGEST = 1e38
 
 
-@functools.lru_cache(maxsize=64)
 def _hook(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """``conv_affine_act_<name>`` of the backend that runs conv_affine_act there, or None."""
+    """``conv_affine_act_<name>`` of the backend that runs conv_affine_act there and now, or None."""
     choice = choose("conv_affine_act", device, dtype)
     return None if choice.backend == "torch" else getattr(backend(choice.backend), f"conv_affine_act_{name}", None)
 
 
 #: Multiply-adds per value of a block's input and output from which a wider arithmetic earns back the two conversions:
-#: at about 4 ps saved a multiply-add and 400 ps a value converted (docs/conv.md, entry 4).
+#: estimated at 4 ps saved a multiply-add and 400 ps a value converted; networks agree (docs/conv.md, entry 4).
 _INTENSE = 100
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fast.dispatch import reasons
+from resnet_fast.dispatch import backend, choose, reasons, use_backend
 from resnet_fast.folding import FoldCache, Folded, arithmetic, cast, folded_block, magnitude
 from tests.blocks import KINDS, Block
 from tests.tolerance import DTYPES, assert_close, name_of, to_float64
@@ -180,3 +180,21 @@ def test_fold_cache_serves_many_shapes() -> None:
     for size in (6, 5, 4, 9, 3, 7, 6):
         block.x = torch.randn(2, 8, size, size).contiguous(memory_format=torch.channels_last)
         assert torch.equal(fold_and_run(cache, block), fold_and_run(FoldCache(), block))
+
+
+@needs_folding
+@pytest.mark.parametrize(
+    "order", [("native", None, "native"), (None, "native", None)], ids=["native first", "native second"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_a_forced_backend_leaves_no_trace(order: tuple[str | None, ...], dtype: torch.dtype) -> None:
+    """What one choice of backend prepared is not used under another."""
+    block, cache = Block("chain3", dtype, train=False), FoldCache()
+    for forced in order:
+        with use_backend(forced), torch.no_grad():
+            layers, _ = fold(cache, block)
+            run(block, layers, None)
+            chosen = choose("conv_affine_act", block.x.device, layers[0].dtype)
+        has_fast_path = hasattr(backend(chosen.backend), "conv_affine_act_plain")
+        assert all((layer._plain is not None) == has_fast_path for layer in layers)
+        assert all(layer._function is chosen.function for layer in layers)
