@@ -31,13 +31,14 @@ BUILD = ROOT / "build" / "ninja"  # fixed, unlike setuptools' own, so that rebui
 
 DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
 
-# bn_act.cpp is compiled for each of these, and the best that the CPU has is chosen at run time.
+# PER_ISA's files are compiled for each of these, and the best that the CPU has is chosen at run time.
 X86_ISAS = {
     "baseline": "-msse4.2",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+PER_ISA = ("bn_act", "stem")
 
 
 def warn(message: str) -> None:
@@ -211,11 +212,12 @@ def add_sources(ninja: NinjaFile, plan: Plan) -> None:
     # The compiler must not fuse multiply and add where the source does not say so: see cpu/vec.h.
     exact = "-ffp-contract=off"
     for source in sorted(CSRC.glob("cpu/*.cpp")):
-        if source.stem != "bn_act":
+        if source.stem not in PER_ISA:
             ninja.compile("cxx", source, exact)
     for isa, flags in ISAS.items():
         flags = f"{exact} {flags} -DRESNET_FAST_NAMESPACE={isa}"
-        ninja.compile("cxx", CSRC / "cpu" / "bn_act.cpp", flags, name=f"cpu_bn_act_{isa}")
+        for stem in PER_ISA:
+            ninja.compile("cxx", CSRC / "cpu" / f"{stem}.cpp", flags, name=f"cpu_{stem}_{isa}")
     if plan.toolkit:
         for source in sorted(CSRC.glob("cuda/*.cu")):
             ninja.compile("nvcc", source)

@@ -17,17 +17,40 @@ const char* build_record();  // build_record.cpp
 
 namespace {
 
-using Address = uintptr_t;
-
-/// An address as the pointer that an argument struct wants.
-struct Pointer {
-  Address address;
+/// An operand: where it lies. The caller keeps it alive.
+struct Address {
+  uintptr_t value = 0;
 
   template <class T>
   operator T*() const {
-    return reinterpret_cast<T*>(address);
+    return reinterpret_cast<T*>(value);
   }
 };
+
+}  // namespace
+}  // namespace resnet_fast
+
+/// From an address, from None (which is 0), or from whatever has a data_ptr(), as tensors do.
+template <>
+struct pybind11::detail::type_caster<resnet_fast::Address> {
+  PYBIND11_TYPE_CASTER(resnet_fast::Address, const_name("int | Tensor | None"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    object address = reinterpret_borrow<object>(source);
+    if (!PyLong_Check(source.ptr())) {
+      static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+      address = reinterpret_steal<object>(PyObject_CallMethodNoArgs(source.ptr(), name));
+      if (!address) throw error_already_set();
+    }
+    value.value = PyLong_AsSize_t(address.ptr());
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
+
+namespace resnet_fast {
+namespace {
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
@@ -42,66 +65,120 @@ void bind_bn_act(py::module_& module, const BnAct& ops) {
 
   define(
       module, "bn_stats",
-      [f = ops.bn_stats](Address y, Address mean, Address var, Address workspace, int64_t npq,
-                         int64_t k, DType dtype, Address stream) {
-        f({Pointer{y}, Pointer{mean}, Pointer{var}, Pointer{workspace}, npq, k, dtype,
-           Pointer{stream}});
+      [f = ops.bn_stats](Address y, Address gamma, Address beta, Address mean, Address var,
+                         Address rstd, Address scale, Address shift, Address workspace, int64_t npq,
+                         int64_t k, float eps, DType dtype, Address stream) {
+        f({y, gamma, beta, mean, var, rstd, scale, shift, workspace, npq, k, eps, dtype, stream});
       },
-      arg("y"), arg("mean"), arg("var"), arg("workspace"), arg("npq"), arg("k"), arg("dtype"),
+      arg("y"), arg("gamma") = 0, arg("beta") = 0, arg("mean"), arg("var"), arg("rstd"),
+      arg("scale"), arg("shift"), arg("workspace"), arg("npq"), arg("k"), arg("eps"), arg("dtype"),
+      arg("stream") = 0);
+
+  define(
+      module, "bn_finalize",
+      [f = ops.bn_finalize](Address n, Address means, Address vars, Address gamma, Address beta,
+                            Address mean, Address var, Address rstd, Address scale, Address shift,
+                            int64_t parts, int64_t k, float eps, Address stream) {
+        f({n, means, vars, gamma, beta, mean, var, rstd, scale, shift, parts, k, eps, stream});
+      },
+      arg("n"), arg("means"), arg("vars"), arg("gamma") = 0, arg("beta") = 0, arg("mean"),
+      arg("var"), arg("rstd"), arg("scale"), arg("shift"), arg("parts"), arg("k"), arg("eps"),
       arg("stream") = 0);
 
   define(
       module, "affine_act",
       [f = ops.affine_act](Address y, Address scale, Address shift, Address residual,
-                           Address rscale, Address rshift, Address z, int64_t npq, int64_t k,
-                           DType dtype, bool relu, Address stream) {
-        f({Pointer{y}, Pointer{scale}, Pointer{shift}, Pointer{residual}, Pointer{rscale},
-           Pointer{rshift}, Pointer{z}, npq, k, dtype, relu, Pointer{stream}});
+                           Address rscale, Address rshift, Address z, Address mask, int64_t npq,
+                           int64_t k, DType dtype, bool relu, Address stream) {
+        f({y, scale, shift, residual, rscale, rshift, z, mask, npq, k, dtype, relu, stream});
       },
       arg("y"), arg("scale"), arg("shift"), arg("residual") = 0, arg("rscale") = 0,
-      arg("rshift") = 0, arg("z"), arg("npq"), arg("k"), arg("dtype"), arg("relu"),
+      arg("rshift") = 0, arg("z"), arg("mask") = 0, arg("npq"), arg("k"), arg("dtype"), arg("relu"),
       arg("stream") = 0);
 
   define(
       module, "affine_act_backward",
-      [f = ops.affine_act_backward](Address dz, Address z, Address y, Address mean, Address ry,
-                                    Address rmean, Address g, Address sum_g, Address sum_gy,
-                                    Address sum_gry, Address workspace, int64_t npq, int64_t k,
-                                    DType dtype, Address stream) {
-        f({Pointer{dz}, Pointer{z}, Pointer{y}, Pointer{mean}, Pointer{ry}, Pointer{rmean},
-           Pointer{g}, Pointer{sum_g}, Pointer{sum_gy}, Pointer{sum_gry}, Pointer{workspace}, npq,
-           k, dtype, Pointer{stream}});
+      [f = ops.affine_act_backward](Address dz, Address z, Address mask, Address y, Address mean,
+                                    Address ry, Address rmean, Address g, Address sum_g,
+                                    Address sum_gy, Address sum_gry, Address workspace, int64_t npq,
+                                    int64_t k, DType dtype, Address stream) {
+        f({dz, z, mask, y, mean, ry, rmean, g, sum_g, sum_gy, sum_gry, workspace, npq, k, dtype,
+           stream});
       },
-      arg("dz"), arg("z"), arg("y"), arg("mean"), arg("ry") = 0, arg("rmean") = 0, arg("g"),
-      arg("sum_g"), arg("sum_gy"), arg("sum_gry") = 0, arg("workspace"), arg("npq"), arg("k"),
-      arg("dtype"), arg("stream") = 0);
+      arg("dz"), arg("z") = 0, arg("mask") = 0, arg("y"), arg("mean"), arg("ry") = 0,
+      arg("rmean") = 0, arg("g"), arg("sum_g"), arg("sum_gy"), arg("sum_gry") = 0, arg("workspace"),
+      arg("npq"), arg("k"), arg("dtype"), arg("stream") = 0);
 
   define(
       module, "bn_backward_sums",
       [f = ops.bn_backward_sums](Address dz, Address y, Address mean, Address scale, Address shift,
                                  Address sum_g, Address sum_gy, Address workspace, int64_t npq,
                                  int64_t k, DType dtype, Address stream) {
-        f({Pointer{dz}, Pointer{y}, Pointer{mean}, Pointer{scale}, Pointer{shift}, Pointer{sum_g},
-           Pointer{sum_gy}, Pointer{workspace}, npq, k, dtype, Pointer{stream}});
+        f({dz, y, mean, scale, shift, sum_g, sum_gy, workspace, npq, k, dtype, stream});
       },
       arg("dz"), arg("y"), arg("mean"), arg("scale") = 0, arg("shift") = 0, arg("sum_g"),
       arg("sum_gy"), arg("workspace"), arg("npq"), arg("k"), arg("dtype"), arg("stream") = 0);
+
+  define(
+      module, "bn_backward_finalize",
+      [f = ops.bn_backward_finalize](Address sum_g, Address sum_gy, Address rstd, Address scale,
+                                     Address b, Address c, Address dgamma, double n, int64_t k,
+                                     Address stream) {
+        f({sum_g, sum_gy, rstd, scale, b, c, dgamma, n, k, stream});
+      },
+      arg("sum_g"), arg("sum_gy"), arg("rstd"), arg("scale"), arg("b"), arg("c"), arg("dgamma"),
+      arg("n"), arg("k"), arg("stream") = 0);
 
   define(
       module, "bn_backward_apply",
       [f = ops.bn_backward_apply](Address dz, Address y, Address mean, Address a, Address b,
                                   Address c, Address scale, Address shift, Address dy, int64_t npq,
                                   int64_t k, DType dtype, Address stream) {
-        f({Pointer{dz}, Pointer{y}, Pointer{mean}, Pointer{a}, Pointer{b}, Pointer{c},
-           Pointer{scale}, Pointer{shift}, Pointer{dy}, npq, k, dtype, Pointer{stream}});
+        f({dz, y, mean, a, b, c, scale, shift, dy, npq, k, dtype, stream});
       },
       arg("dz"), arg("y"), arg("mean"), arg("a"), arg("b"), arg("c"), arg("scale") = 0,
       arg("shift") = 0, arg("dy"), arg("npq"), arg("k"), arg("dtype"), arg("stream") = 0);
 }
 
+void bind_stem(py::module_& module, const Stem& ops) {
+  define(
+      module, "affine_act_maxpool",
+      [f = ops.affine_act_maxpool](Address y, Address scale, Address shift, Address z,
+                                   Address index, int64_t n, int64_t h, int64_t w, int64_t k,
+                                   DType dtype, Address stream) {
+        f({y, scale, shift, z, index, n, h, w, k, dtype, stream});
+      },
+      arg("y"), arg("scale"), arg("shift"), arg("z"), arg("index"), arg("n"), arg("h"), arg("w"),
+      arg("k"), arg("dtype"), arg("stream") = 0);
+
+  define(
+      module, "maxpool_backward_sums",
+      [f = ops.maxpool_backward_sums](Address dz, Address index, Address y, Address mean,
+                                      Address sum_g, Address sum_gy, Address workspace, int64_t n,
+                                      int64_t h, int64_t w, int64_t k, DType dtype,
+                                      Address stream) {
+        f({dz, index, y, mean, sum_g, sum_gy, workspace, n, h, w, k, dtype, stream});
+      },
+      arg("dz"), arg("index"), arg("y"), arg("mean"), arg("sum_g"), arg("sum_gy"), arg("workspace"),
+      arg("n"), arg("h"), arg("w"), arg("k"), arg("dtype"), arg("stream") = 0);
+
+  define(
+      module, "maxpool_backward_apply",
+      [f = ops.maxpool_backward_apply](
+          Address dz, Address index, Address y, Address mean, Address a, Address b, Address c,
+          Address dy, int64_t n, int64_t h, int64_t w, int64_t k, DType dtype,
+          Address stream) { f({dz, index, y, mean, a, b, c, dy, n, h, w, k, dtype, stream}); },
+      arg("dz"), arg("index"), arg("y"), arg("mean"), arg("a"), arg("b"), arg("c"), arg("dy"),
+      arg("n"), arg("h"), arg("w"), arg("k"), arg("dtype"), arg("stream") = 0);
+}
+
+#ifndef RESNET_FAST_WITHOUT_CPU  // tests/cuda_on_cpu builds the CUDA kernels alone
 void bind_cpu(py::module_ module) {
-  bind_bn_act(module, {cpu::bn_workspace, cpu::bn_stats, cpu::affine_act, cpu::affine_act_backward,
-                       cpu::bn_backward_sums, cpu::bn_backward_apply});
+  bind_bn_act(module, {cpu::bn_workspace, cpu::bn_stats, cpu::bn_finalize, cpu::affine_act,
+                       cpu::affine_act_backward, cpu::bn_backward_sums, cpu::bn_backward_finalize,
+                       cpu::bn_backward_apply});
+  bind_stem(module,
+            {cpu::affine_act_maxpool, cpu::maxpool_backward_sums, cpu::maxpool_backward_apply});
 
   module.def("isa", cpu::isa, "The instruction set chosen for this process.");
 
@@ -114,7 +191,7 @@ void bind_cpu(py::module_ module) {
         }
         std::vector<cpu::Span> spans;
         for (size_t i = 0; i < addresses.size(); ++i) {
-          spans.push_back({Pointer{addresses[i]}, nbytes[i]});
+          spans.push_back({addresses[i], nbytes[i]});
         }
         return cpu::fingerprint(spans, stride);
       },
@@ -131,11 +208,15 @@ void bind_cpu(py::module_ module) {
       },
       "The threads OpenMP would use, and the library that serves it.");
 }
+#endif
 
 #if RESNET_FAST_WITH_CUDA
 void bind_cuda(py::module_ module) {
-  bind_bn_act(module, {cuda::bn_workspace, cuda::bn_stats, cuda::affine_act,
-                       cuda::affine_act_backward, cuda::bn_backward_sums, cuda::bn_backward_apply});
+  bind_bn_act(module, {cuda::bn_workspace, cuda::bn_stats, cuda::bn_finalize, cuda::affine_act,
+                       cuda::affine_act_backward, cuda::bn_backward_sums,
+                       cuda::bn_backward_finalize, cuda::bn_backward_apply});
+  bind_stem(module,
+            {cuda::affine_act_maxpool, cuda::maxpool_backward_sums, cuda::maxpool_backward_apply});
   module.def("driver_ok", cuda::driver_ok, "Empty, or why the driver cannot serve this build.");
 }
 #endif
@@ -147,7 +228,8 @@ PYBIND11_MODULE(_C, module) {
   using namespace resnet_fast;
   module.doc() = "The native kernels of resnet_fast.";
 
-  py::enum_<DType>(module, "DType", "Storage type of an operand.")
+  // Local: a process may hold two builds of this module.
+  py::enum_<DType>(module, "DType", py::module_local(), "Storage type of an operand.")
       .value("float32", DType::float32)
       .value("bfloat16", DType::bfloat16)
       .value("float16", DType::float16);
@@ -156,7 +238,9 @@ PYBIND11_MODULE(_C, module) {
       "build_info", [] { return py::module_::import("json").attr("loads")(build_record()); },
       "What was built, with what, and why not more.");
 
+#ifndef RESNET_FAST_WITHOUT_CPU
   bind_cpu(module.def_submodule("cpu"));
+#endif
 #if RESNET_FAST_WITH_CUDA
   bind_cuda(module.def_submodule("cuda"));
 #endif

@@ -16,20 +16,47 @@ namespace resnet_fast {
 
 using Stream = void*;  // a cudaStream_t; cpu ignores it
 
-/// mean = average of y, var = average of (y - mean)^2, the biased variance.
+/// mean = average of y, var = sum of (y - mean)^2 / max(npq - 1, 1), the unbiased variance;
+/// rstd = 1 / sqrt(biased variance + eps), scale = gamma * rstd, shift = beta - mean * scale.
+/// gamma (1) and beta (0) may be absent.
 struct BnStats {
   const void* y;
+  const float* gamma;
+  const float* beta;
   float* mean;
   float* var;
+  float* rstd;
+  float* scale;
+  float* shift;
   float* workspace;
   int64_t npq, k;
+  float eps;
   DType dtype;
+  Stream stream;
+};
+
+/// The same of the union of `parts` parts: n (parts,) values each, means and unbiased vars (parts,
+/// k). A part may be empty.
+struct BnFinalize {
+  const float* n;
+  const float* means;
+  const float* vars;
+  const float* gamma;
+  const float* beta;
+  float* mean;
+  float* var;
+  float* rstd;
+  float* scale;
+  float* shift;
+  int64_t parts, k;
+  float eps;
   Stream stream;
 };
 
 /// z = act(y * scale + shift + residual), or, with rscale and rshift,
 /// z = act(y * scale + shift + residual * rscale + rshift); act is ReLU or nothing.
-/// z may alias y or residual.
+/// z may alias y or residual. mask, which may be absent, is (npq, ceil(k / 8)) bytes: bit i of byte
+/// j is set where z of channel 8 * j + i, as stored, is > 0 or NaN; the bits behind k are 0.
 struct AffineAct {
   const void* y;
   const float* scale;
@@ -38,6 +65,7 @@ struct AffineAct {
   const float* rscale;
   const float* rshift;
   void* z;
+  uint8_t* mask;
   int64_t npq, k;
   DType dtype;
   bool relu;
@@ -45,10 +73,12 @@ struct AffineAct {
 };
 
 /// g = dz where z > 0 (or is NaN), else 0; sum_g = sum of g, sum_gy = sum of g * (y - mean) and,
-/// with ry, sum_gry = sum of g * (ry - rmean). g may alias dz.
+/// with ry, sum_gry = sum of g * (ry - rmean). g may alias dz. Either z or mask (as AffineAct
+/// writes it) is given.
 struct AffineActBackward {
   const void* dz;
   const void* z;
+  const uint8_t* mask;
   const void* y;
   const float* mean;
   const void* ry;
@@ -95,14 +125,82 @@ struct BnBackwardApply {
   Stream stream;
 };
 
+/// b = -scale * rstd^2 * sum_gy / n, c = -scale * sum_g / n (both 0 where n = 0), dgamma = rstd *
+/// sum_gy.
+struct BnBackwardFinalize {
+  const float* sum_g;
+  const float* sum_gy;
+  const float* rstd;
+  const float* scale;
+  float* b;
+  float* c;
+  float* dgamma;
+  double n;
+  int64_t k;
+  Stream stream;
+};
+
+/// z = max of relu(y * scale + shift) over windows of 3 x 3, stride 2, padding 1: y is (n, h, w,
+/// k), z (n, p, q, k) with p = (h - 1) / 2 + 1, q likewise. index, (n, p, q, k): 3 * r + s of the
+/// value that won, or 9 where z is not > 0 and not NaN. Values are compared as stored; of equal
+/// ones the first wins, a NaN over all.
+struct AffineActMaxpool {
+  const void* y;
+  const float* scale;
+  const float* shift;
+  void* z;
+  uint8_t* index;
+  int64_t n, h, w, k;
+  DType dtype;
+  Stream stream;
+};
+
+/// sum_g = sum of g, sum_gy = sum of g * (y - mean), where g (n, h, w, k) is the sum of the dz (n,
+/// p, q, k) whose index points there. workspace as bn_workspace(n * h * w, k).
+struct MaxpoolBackwardSums {
+  const void* dz;
+  const uint8_t* index;
+  const void* y;
+  const float* mean;
+  float* sum_g;
+  float* sum_gy;
+  float* workspace;
+  int64_t n, h, w, k;
+  DType dtype;
+  Stream stream;
+};
+
+/// dy = a * g + b * (y - mean) + c, with g as in MaxpoolBackwardSums. dy may alias y.
+struct MaxpoolBackwardApply {
+  const void* dz;
+  const uint8_t* index;
+  const void* y;
+  const float* mean;
+  const float* a;
+  const float* b;
+  const float* c;
+  void* dy;
+  int64_t n, h, w, k;
+  DType dtype;
+  Stream stream;
+};
+
 /// The ops on these, as one backend has them or, on the CPU, one instruction set.
 struct BnAct {
   int64_t (*bn_workspace)(int64_t npq, int64_t k);
   void (*bn_stats)(const BnStats&);
+  void (*bn_finalize)(const BnFinalize&);
   void (*affine_act)(const AffineAct&);
   void (*affine_act_backward)(const AffineActBackward&);
   void (*bn_backward_sums)(const BnBackwardSums&);
+  void (*bn_backward_finalize)(const BnBackwardFinalize&);
   void (*bn_backward_apply)(const BnBackwardApply&);
+};
+
+struct Stem {
+  void (*affine_act_maxpool)(const AffineActMaxpool&);
+  void (*maxpool_backward_sums)(const MaxpoolBackwardSums&);
+  void (*maxpool_backward_apply)(const MaxpoolBackwardApply&);
 };
 
 namespace cpu {
@@ -110,10 +208,15 @@ namespace cpu {
 /// Floats of workspace that any of the reductions below needs.
 int64_t bn_workspace(int64_t npq, int64_t k);
 void bn_stats(const BnStats& args);
+void bn_finalize(const BnFinalize& args);
 void affine_act(const AffineAct& args);
 void affine_act_backward(const AffineActBackward& args);
 void bn_backward_sums(const BnBackwardSums& args);
+void bn_backward_finalize(const BnBackwardFinalize& args);
 void bn_backward_apply(const BnBackwardApply& args);
+void affine_act_maxpool(const AffineActMaxpool& args);
+void maxpool_backward_sums(const MaxpoolBackwardSums& args);
+void maxpool_backward_apply(const MaxpoolBackwardApply& args);
 
 /// The instruction set that the ops above run on, chosen once: the best one that this CPU has, or
 /// the one that the environment variable RESNET_FAST_ISA names.
@@ -142,10 +245,15 @@ namespace cuda {
 
 int64_t bn_workspace(int64_t npq, int64_t k);
 void bn_stats(const BnStats& args);
+void bn_finalize(const BnFinalize& args);
 void affine_act(const AffineAct& args);
 void affine_act_backward(const AffineActBackward& args);
 void bn_backward_sums(const BnBackwardSums& args);
+void bn_backward_finalize(const BnBackwardFinalize& args);
 void bn_backward_apply(const BnBackwardApply& args);
+void affine_act_maxpool(const AffineActMaxpool& args);
+void maxpool_backward_sums(const MaxpoolBackwardSums& args);
+void maxpool_backward_apply(const MaxpoolBackwardApply& args);
 
 /// Empty if the driver can serve the CUDA runtime linked in here, else the reason why not.
 std::string driver_ok();

@@ -1,11 +1,16 @@
 """The native kernels, built by setup.py from csrc; csrc/resnet_fast.h says what each op computes.
 
-Operands are addresses (`tensor.data_ptr()`; 0 is an absent one) of channels-last matrices (npq, k) of storage
-type `dtype`, or of float32 arrays (k,). Nothing is checked here. `cuda` is there only if it was built.
+Operands are channels-last matrices (npq, k) of storage type `dtype`, images (n, h, w, k) in the stem's ops, or float32
+arrays (k,): tensors, which go by their address, or addresses; None and 0 are an absent one. Nothing is checked here.
+`cuda` is there only if it was built.
 """
 
 import enum
-from typing import Protocol, TypedDict
+from typing import Protocol, TypeAlias, TypedDict
+
+from torch import Tensor
+
+Operand: TypeAlias = int | Tensor | None
 
 class DType(enum.Enum):
     float32 = 0
@@ -34,18 +39,51 @@ class _Ops(Protocol):
     def bn_workspace(*, npq: int, k: int) -> int: ...
     @staticmethod
     def bn_stats(
-        *, y: int, mean: int, var: int, workspace: int, npq: int, k: int, dtype: DType, stream: int = 0
+        *,
+        y: Operand,
+        gamma: Operand = 0,
+        beta: Operand = 0,
+        mean: Operand,
+        var: Operand,
+        rstd: Operand,
+        scale: Operand,
+        shift: Operand,
+        workspace: Operand,
+        npq: int,
+        k: int,
+        eps: float,
+        dtype: DType,
+        stream: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def bn_finalize(
+        *,
+        n: Operand,
+        means: Operand,
+        vars: Operand,
+        gamma: Operand = 0,
+        beta: Operand = 0,
+        mean: Operand,
+        var: Operand,
+        rstd: Operand,
+        scale: Operand,
+        shift: Operand,
+        parts: int,
+        k: int,
+        eps: float,
+        stream: int = 0,
     ) -> None: ...
     @staticmethod
     def affine_act(
         *,
-        y: int,
-        scale: int,
-        shift: int,
-        residual: int = 0,
-        rscale: int = 0,
-        rshift: int = 0,
-        z: int,
+        y: Operand,
+        scale: Operand,
+        shift: Operand,
+        residual: Operand = 0,
+        rscale: Operand = 0,
+        rshift: Operand = 0,
+        z: Operand,
+        mask: Operand = 0,
         npq: int,
         k: int,
         dtype: DType,
@@ -55,17 +93,18 @@ class _Ops(Protocol):
     @staticmethod
     def affine_act_backward(
         *,
-        dz: int,
-        z: int,
-        y: int,
-        mean: int,
-        ry: int = 0,
-        rmean: int = 0,
-        g: int,
-        sum_g: int,
-        sum_gy: int,
-        sum_gry: int = 0,
-        workspace: int,
+        dz: Operand,
+        z: Operand = 0,
+        mask: Operand = 0,
+        y: Operand,
+        mean: Operand,
+        ry: Operand = 0,
+        rmean: Operand = 0,
+        g: Operand,
+        sum_g: Operand,
+        sum_gy: Operand,
+        sum_gry: Operand = 0,
+        workspace: Operand,
         npq: int,
         k: int,
         dtype: DType,
@@ -74,32 +113,96 @@ class _Ops(Protocol):
     @staticmethod
     def bn_backward_sums(
         *,
-        dz: int,
-        y: int,
-        mean: int,
-        scale: int = 0,
-        shift: int = 0,
-        sum_g: int,
-        sum_gy: int,
-        workspace: int,
+        dz: Operand,
+        y: Operand,
+        mean: Operand,
+        scale: Operand = 0,
+        shift: Operand = 0,
+        sum_g: Operand,
+        sum_gy: Operand,
+        workspace: Operand,
         npq: int,
         k: int,
         dtype: DType,
         stream: int = 0,
     ) -> None: ...
     @staticmethod
+    def bn_backward_finalize(
+        *,
+        sum_g: Operand,
+        sum_gy: Operand,
+        rstd: Operand,
+        scale: Operand,
+        b: Operand,
+        c: Operand,
+        dgamma: Operand,
+        n: float,
+        k: int,
+        stream: int = 0,
+    ) -> None: ...
+    @staticmethod
     def bn_backward_apply(
         *,
-        dz: int,
-        y: int,
-        mean: int,
-        a: int,
-        b: int,
-        c: int,
-        scale: int = 0,
-        shift: int = 0,
-        dy: int,
+        dz: Operand,
+        y: Operand,
+        mean: Operand,
+        a: Operand,
+        b: Operand,
+        c: Operand,
+        scale: Operand = 0,
+        shift: Operand = 0,
+        dy: Operand,
         npq: int,
+        k: int,
+        dtype: DType,
+        stream: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def affine_act_maxpool(
+        *,
+        y: Operand,
+        scale: Operand,
+        shift: Operand,
+        z: Operand,
+        index: Operand,
+        n: int,
+        h: int,
+        w: int,
+        k: int,
+        dtype: DType,
+        stream: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def maxpool_backward_sums(
+        *,
+        dz: Operand,
+        index: Operand,
+        y: Operand,
+        mean: Operand,
+        sum_g: Operand,
+        sum_gy: Operand,
+        workspace: Operand,
+        n: int,
+        h: int,
+        w: int,
+        k: int,
+        dtype: DType,
+        stream: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def maxpool_backward_apply(
+        *,
+        dz: Operand,
+        index: Operand,
+        y: Operand,
+        mean: Operand,
+        a: Operand,
+        b: Operand,
+        c: Operand,
+        dy: Operand,
+        n: int,
+        h: int,
+        w: int,
         k: int,
         dtype: DType,
         stream: int = 0,

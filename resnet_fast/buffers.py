@@ -1,8 +1,12 @@
 """Memory for large outputs that is kept from call to call.
 
-glibc maps every block of 32 MB or more anew and gives it back when it is freed, so each call pays for thousands of page
-faults: on the machine of docs/conv.md, entry 5, a quarter of the time of a batch of 16. Here such blocks are kept and
-handed out again once nobody holds them.
+glibc maps every block of 32 MB or more anew and gives it back when it is freed, and shrinks its heap whenever enough of
+its end is free, so calls pay for thousands of page faults: on the machine of docs/conv.md, entry 5, a quarter of the
+time of a batch of 16 in inference; in training it comes and goes with the state of the heap (docs/bn_act.md, entry 9).
+Here such blocks are kept and handed out again once nobody holds them.
+
+What is kept, in use and idle together, never exceeds the most that was ever in use at once, or ``IDLE`` more than is in
+use now. ``release()`` gives all that is idle back.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ __all__ = ["empty", "release"]
 
 #: From this size on, glibc maps a block by itself (DEFAULT_MMAP_THRESHOLD_MAX).
 SMALLEST = 32 * 2**20
-#: Idle memory beyond this is given back.
+#: From this size on, what training writes is kept: where nothing has to be cleared first, less is worth it.
+TRAINING = 4 * 2**20
+#: Idle memory beyond this is given back, unless as much was once in use.
 IDLE = 256 * 2**20
 
 _lock = threading.Lock()
@@ -46,44 +52,62 @@ class _Block:
         return self._references() == self._when_new
 
 
-_kept: list[_Block] = []
+#: By size.
+_kept: dict[int, list[_Block]] = {}
+_most_in_use = 0
 
 
-def empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+def empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, smallest: int | None = None) -> Tensor | None:
     """An uninitialised channels-last CPU tensor (N, C, H, W) in kept memory; None where an ordinary one is as good.
 
-    The memory belongs to the tensor and its views for as long as any of them lives.
+    That is below ``smallest`` bytes (``SMALLEST`` by default). The memory belongs to the tensor and its views for as
+    long as any of them lives.
     """
     n, c, h, w = shape
     nbytes = n * c * h * w * dtype.itemsize
-    if nbytes < SMALLEST or _count is None:
+    if nbytes < (SMALLEST if smallest is None else smallest) or nbytes == 0 or _count is None:
         return None
     strides = (h * w * c, 1, w * c, c)
     with _lock:
-        # What went into shared memory may be held by another process, where nobody counts.
-        _kept[:] = [b for b in _kept if not b.memory.is_shared() and b.nbytes == b.memory.nbytes]
-        fitting = [b for b in _kept if nbytes <= b.nbytes <= 2 * nbytes and b.is_idle()]
-        if fitting:
-            block = min(fitting, key=lambda b: b.nbytes)
-        else:
-            _trim(IDLE - nbytes)
-            block = _Block(nbytes)
-            _kept.append(block)
+        block = _find(nbytes)
         return torch.empty(0, dtype=dtype).set_(block.memory.untyped_storage(), 0, (n, c, h, w), strides)
+
+
+def _find(nbytes: int) -> _Block:
+    """An idle block of at least ``nbytes`` and at most twice that, the smallest; or a new one."""
+    for size in sorted(size for size in _kept if nbytes <= size <= 2 * nbytes):
+        # What went into shared memory may be held by another process, where nobody counts.
+        usable = [b for b in _kept[size] if not b.memory.is_shared() and b.nbytes == b.memory.nbytes]
+        if len(usable) < len(_kept[size]):
+            _kept[size] = usable
+        for block in usable:
+            if block.is_idle():
+                return block
+    global _most_in_use
+    in_use = sum(b.nbytes for blocks in _kept.values() for b in blocks if not b.is_idle())
+    _most_in_use = max(_most_in_use, in_use + nbytes)
+    _trim(max(IDLE, _most_in_use - in_use) - nbytes)
+    block = _Block(nbytes)
+    _kept.setdefault(nbytes, []).append(block)
+    return block
 
 
 def release() -> None:
     """Give back all memory that nobody holds."""
+    global _most_in_use
     with _lock:
         _trim(0)
+        _most_in_use = 0
 
 
 def _trim(limit: int) -> None:
-    """Give back idle blocks, the oldest first, until at most ``limit`` bytes of them are kept."""
-    idle = [b for b in _kept if b.is_idle()]
+    """Give back idle blocks, the largest first, until at most ``limit`` bytes of them are kept."""
+    idle = sorted((b for blocks in _kept.values() for b in blocks if b.is_idle()), key=lambda b: -b.nbytes)
     total = sum(b.nbytes for b in idle)
     for block in idle:
         if total <= limit:
             break
         total -= block.nbytes
-        _kept.remove(block)
+        _kept[block.memory.nbytes].remove(block)
+    for size in [size for size, blocks in _kept.items() if not blocks]:
+        del _kept[size]

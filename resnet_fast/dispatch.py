@@ -31,6 +31,7 @@ __all__ = [
     "Op",
     "choose",
     "forced_backend",
+    "hook",
     "op",
     "prepare",
     "reasons",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 #: In the order in which they are asked. "torch", the definitions, is implied at the end.
-BACKENDS: tuple[str, ...] = ("onednn", "cudnn", "native")
+BACKENDS: tuple[str, ...] = ("onednn", "cudnn", "native", "triton")
 
 #: Every op by name, in the order of definition.
 OPS: dict[str, Op] = {}
@@ -111,7 +112,7 @@ def _check_backend_name(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every op inside on backend ``name`` and no other: "native", "onednn", "cudnn", or "torch", the definitions.
+    """Run every op inside on backend ``name`` alone: one of ``BACKENDS``, or "torch", the definitions.
 
     Raises ``ValueError`` for an unknown name at once and :class:`BackendError`, with the reason, for an op which that
     backend cannot run. ``None`` restores the automatic choice. Holds for the current thread or task, and for the
@@ -180,8 +181,13 @@ def prepare(
     A backend offers it as ``<op>_prepare(w, input_size, stride, padding, dilation, groups)``; elsewhere ``w`` is made
     channels-last.
     """
-    choice = choose(op_name, x.device, x.dtype)
-    hook = None if choice.backend == "torch" else getattr(backend(choice.backend), f"{op_name}_prepare", None)
-    if hook is None:
+    lay_out = hook(op_name, "prepare", x.device, x.dtype)
+    if lay_out is None:
         return w.contiguous(memory_format=torch.channels_last)
-    return hook(w, list(x.shape), stride, padding, dilation, groups)
+    return lay_out(w, list(x.shape), stride, padding, dilation, groups)
+
+
+def hook(op_name: str, suffix: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """``<op>_<suffix>`` of the backend that runs ``op_name`` there and now, or None where it offers no such thing."""
+    choice = choose(op_name, device, dtype)
+    return None if choice.backend == "torch" else getattr(backend(choice.backend), f"{op_name}_{suffix}", None)

@@ -16,20 +16,14 @@ import torch
 from torch import Tensor
 
 from . import buffers
-from .dispatch import backend, choose, prepare, reasons
+from .dispatch import backend, choose, hook, prepare, reasons
 from .functional import ConvBn, layer_tensors, scale_shift, to_channels_last
 from .watch import Watch
 
-__all__ = ["FoldCache", "Folded", "arithmetic", "cast", "folded_block", "magnitude"]
+__all__ = ["FoldCache", "Folded", "Program", "arithmetic", "cast", "folded_block", "magnitude"]
 
 #: Magnitudes that float32 and bfloat16 still hold, with room for a rounding.
 _LARGEST = 1e38
-
-
-def _hook(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """``conv_affine_act_<name>`` of the backend that runs conv_affine_act there and now, or None."""
-    choice = choose("conv_affine_act", device, dtype)
-    return None if choice.backend == "torch" else getattr(backend(choice.backend), f"conv_affine_act_{name}", None)
 
 
 #: Multiply-adds per value of a block's input and output from which a wider arithmetic earns back the two conversions:
@@ -42,8 +36,8 @@ def arithmetic(device: torch.device, dtype: torch.dtype, layers: Sequence[ConvBn
 
     ``projection``: the last layer is the shortcut's.
     """
-    hook = _hook("arithmetic", device, dtype)
-    wide = dtype if hook is None else hook(dtype)
+    ask = hook("conv_affine_act", "arithmetic", device, dtype)
+    wide = dtype if ask is None else ask(dtype)
     if wide == dtype:
         return dtype
     main = layers[:-1] if projection else layers
@@ -96,7 +90,7 @@ class Folded:
         self._packed: dict[torch.Size, _Packed] = {}
         # The backend's own functions: the ops' detour over the dispatcher would cost as much as a small convolution.
         self._function = choose("conv_affine_act", device, dtype).function
-        self._into, self._plain = _hook("into", device, dtype), _hook("plain", device, dtype)
+        self._into, self._plain = (hook("conv_affine_act", name, device, dtype) for name in ("into", "plain"))
 
     def pack(self, x: Tensor) -> _Packed:
         """The weight for inputs like ``x``, and the shape of z."""
@@ -164,6 +158,11 @@ class FoldCache:
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None  # replaced whole, so that threads may share the cache
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether there are folded layers, looked after by a watch."""
+        return self._entry is not None and self._entry.watch is not None
 
     def recall(self, situation: Any) -> list[Folded] | None:
         """What ``get`` last returned, if it was for this ``situation`` and nothing whatever has changed since."""
@@ -271,6 +270,19 @@ def folded_block(
         out = bound(magnitude(x))
         if not out < _LARGEST:
             return None
+    z = _run(x, layers, projection, residual, identity, disposable)
+    return None if z is None else (z, out)
+
+
+def _run(
+    x: Tensor,
+    layers: Sequence[Folded],
+    projection: Folded | None,
+    residual: Tensor | None,
+    identity: bool,
+    disposable: bool,
+) -> Tensor | None:
+    """``folded_block`` of an ``x`` known to be harmless. None where the residual's shape is another than z's."""
     overwrite = False
     if projection is not None:
         residual, overwrite = projection(x), True
@@ -282,4 +294,73 @@ def folded_block(
         residual = to_channels_last(residual)
         if residual.shape != layers[-1].pack(x).out:
             return None  # torch's own rules of broadcasting, or its error
-    return layers[-1](x, residual, overwrite), out
+    return layers[-1](x, residual, overwrite)
+
+
+class _Step(NamedTuple):
+    """One block of a program."""
+
+    layers: list[Folded]
+    projection: Folded | None
+    identity: bool
+
+
+class Program:
+    """The blocks of a stage, folded, back to back: one look at whether anything has changed, one at the input.
+
+    Made of the caches of its blocks, which have just run: ``blocks`` gives each one's cache, whether it has a
+    projection, and whether its shortcut is the identity. ``situation`` and ``watch`` are the stage's, as for FoldCache.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[FoldCache, bool, bool]], situation: Any, watch: Watch) -> None:
+        self._situation, self._watch = situation, watch
+        self._steps: list[_Step] = []
+        self._tensors: list[Tensor] = []
+        for cache, projection, identity in blocks:
+            entry = cache._entry
+            assert entry is not None
+            end = len(entry.folded) - projection
+            side = entry.folded[-1] if projection else None
+            self._steps.append(_Step(entry.folded[:end], side, identity))
+            self._tensors += entry.tensors
+        self._state = _state(self._tensors)
+        self._fingerprint_now = backend("native").fingerprinter(self._tensors)
+        self._fingerprint = self._fingerprint_now()
+        self._limit = self._largest_input()
+
+    def _largest_input(self) -> float:
+        """The max|x| below which no value inside can overflow; bounds are affine in max|x|: gain * max|x| + offset."""
+        limit, gain, offset = _LARGEST, 1.0, 0.0
+        for step in self._steps:
+            sides = (0.0, 0.0)
+            if step.projection is not None:
+                sides = step.projection.gain * gain, step.projection.bound(offset)
+            elif step.identity:
+                sides = gain, offset
+            for layer in step.layers:
+                gain, offset = layer.gain * gain, layer.bound(offset)
+                limit = min(limit, (_LARGEST - offset) / max(gain, 1e-30))
+            gain, offset = gain + sides[0], offset + sides[1]
+            limit = min(limit, (_LARGEST - offset) / max(gain, 1e-30))
+        return limit if math.isfinite(limit) else 0.0
+
+    def holds(self, situation: Any) -> bool:
+        """Whether all is as it was when the program was made."""
+        return (
+            self._situation == situation
+            and self._watch.unchanged()
+            and _state(self._tensors) == self._state
+            and self._fingerprint_now() == self._fingerprint
+        )
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """z in the dtype of ``x``; None where a value inside might overflow, or a shape does not fit."""
+        if not magnitude(x) < self._limit:
+            return None
+        z: Tensor | None = x
+        for step in self._steps:
+            operand = cast(z, step.layers[0].dtype)
+            z = _run(operand, step.layers, step.projection, None, step.identity, operand is not x)
+            if z is None:
+                return None
+        return cast(z, x.dtype)

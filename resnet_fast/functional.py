@@ -1,8 +1,9 @@
 """The functions that users and modules call: checks, autocast, layout, autograd, running statistics.
 
-A residual block is one ``autograd.Function`` around the ops. Its forward saves the convolution outputs y and the
-per-channel statistics; no activation but the block's own output is kept. Its backward forms the masks and the inner
-activations again from y, scale and shift.
+A residual block is one ``autograd.Function`` around the ops. Its forward saves the block's input, the convolution
+outputs y, the per-channel statistics, and one bit per value of the block's output; no activation is kept. Between the
+layers only lazy activations (y, scale, shift) and lazy gradients (dz, y, mean, a, b, c) are passed: whether they are
+written to memory is the backend's affair. Its backward forms the masks inside the block again from y, scale and shift.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .dispatch import forced_backend, use_backend
+from .dispatch import forced_backend, hook, use_backend
 
 __all__ = [
     "ConvBn",
@@ -37,7 +39,8 @@ class ConvBn(NamedTuple):
 
     ``weight`` (K, C // groups, R, S); ``gamma``, ``beta``, ``running_mean``, ``running_var``, ``bias`` (K,) or None.
     ``batch_stats``: normalise by the batch's statistics, as in training, and update the running ones, if there are any,
-    by ``momentum`` (None: cumulative average over ``num_batches_tracked``). ``relu`` follows the norm.
+    by ``momentum`` (None: cumulative average over ``num_batches_tracked``). ``relu`` follows the norm. ``group``: the
+    process group over whose ranks the batch's statistics are taken, as nn.SyncBatchNorm does; None: this process alone.
     """
 
     weight: Tensor
@@ -55,6 +58,7 @@ class ConvBn(NamedTuple):
     momentum: float | None = 0.1
     batch_stats: bool = True
     relu: bool = True
+    group: Any = None
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int], int]:
@@ -133,28 +137,41 @@ def _autocast(
 
 
 @torch.no_grad()
-def _update_running(layer: ConvBn, mean: Tensor, var: Tensor, empty: bool) -> None:
-    """nn.BatchNorm2d's update, by the unbiased ``var``; outside the ops, which never write their inputs.
+def _update_running(layers: Sequence[ConvBn], statistics: Sequence[Tensor], empty: bool) -> None:
+    """nn.BatchNorm2d's update of every layer, outside the ops, which never write their inputs.
 
-    A batch that is ``empty`` is counted, and moves nothing, as in torch.
+    ``statistics``: mean and unbiased var of each layer, flat. A batch that is ``empty`` is counted, and moves nothing,
+    as in torch.
     """
-    if layer.running_mean is None or layer.running_var is None:
-        return
-    if layer.bias is not None:
-        mean = mean + layer.bias.to(mean.dtype)  # the convolution ran without it: batch norm cancels it
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
-    if empty:
-        return
-    factor: float | Tensor = 0.0
-    if layer.momentum is not None:
-        factor = layer.momentum
-    elif layer.num_batches_tracked is not None:
-        factor = (1.0 / layer.num_batches_tracked).to(mean.dtype)  # a tensor: no host synchronisation
-    for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
-        if buffer.dtype == value.dtype:
-            buffer.lerp_(value, factor)
-        else:
+    moved: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # by momentum: buffers, and what they move towards
+    counters = []
+    for i, layer in enumerate(layers):
+        if not layer.batch_stats or layer.running_mean is None or layer.running_var is None:
+            continue
+        mean, var = statistics[2 * i : 2 * i + 2]
+        if layer.bias is not None:
+            mean = mean + layer.bias.to(mean.dtype)  # the convolution ran without it: batch norm cancels it
+        if layer.num_batches_tracked is not None:
+            counters.append(layer.num_batches_tracked)
+        if empty and layer.group is None:
+            continue
+        if layer.momentum is None:
+            factor: float | Tensor = 0.0
+            if layer.num_batches_tracked is not None:  # a tensor: no host synchronisation
+                factor = 1.0 / (layer.num_batches_tracked + 1).to(mean.dtype)
+            for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
+                buffer.copy_(buffer.to(value.dtype).lerp_(value, factor))
+            continue
+        buffers, values = moved.setdefault(layer.momentum, ([], []))
+        buffers += [layer.running_mean, layer.running_var]
+        values += [mean, var]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    for factor, (buffers, values) in moved.items():
+        if all(b.dtype == v.dtype for b, v in zip(buffers, values, strict=True)):
+            torch._foreach_lerp_(buffers, values, factor)
+            continue
+        for buffer, value in zip(buffers, values, strict=True):
             buffer.copy_(buffer.to(value.dtype).lerp_(value, factor))
 
 
@@ -168,13 +185,20 @@ class _Static(NamedTuple):
     eps: tuple[float, ...]
     relu: tuple[bool, ...]
     batch_stats: tuple[bool, ...]
+    group: tuple[Any, ...]
     projection: bool  # the last layer is the shortcut's; it reads x
     identity: bool  # the residual is x itself
+    pool: bool  # the 3x3/2 max-pool follows
 
     def conv(self, i: int) -> tuple[list[int], list[int], list[int], int]:
         """Trailing arguments of layer i's convolution ops."""
         stride, padding, dilation, groups = self.geometry[i]
         return list(stride), list(padding), list(dilation), groups
+
+    @property
+    def end(self) -> int:
+        """The last layer of the main path."""
+        return len(self.geometry) - self.projection - 1
 
 
 #: Tensors per layer in the Function's flat argument list: weight, gamma, beta, and the running mean and var.
@@ -190,51 +214,101 @@ class _Layer(NamedTuple):
     rstd: Tensor
     scale: Tensor
     shift: Tensor
+    total: Tensor | None = None  # (), values per channel over all ranks, where the statistics are theirs
 
-    def activation(self, relu: bool) -> Tensor:
-        """The lazy activation, written out."""
-        return ops.affine_act(self.y, self.scale, self.shift, relu=relu)
+    def operand(self, relu: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The activation as a convolution takes it: lazy where it can be, else written out."""
+        if relu:
+            return self.y, self.scale, self.shift
+        return ops.affine_act(self.y, self.scale, self.shift, relu=False), None, None
+
+
+def _values(y: Tensor) -> int:
+    """Values per channel of y (N, K, P, Q)."""
+    n, _, p, q = y.shape
+    return n * p * q
+
+
+def _gather(group: Any, n: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """n (T,), mean (T, K) and var (T, K) of the T ranks of ``group``, in their order: the same on every rank."""
+    own = torch.cat((mean, var, mean.new_full((1,), n)))
+    world = dist.get_world_size(group)
+    if dist.get_backend(group) == "gloo":
+        parts = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(parts, own, group)
+        every = torch.stack(parts)
+    else:
+        every = own.new_empty(world, own.numel())
+        dist.all_gather_into_tensor(every, own, group)
+    k = mean.numel()
+    return every[:, -1], every[:, :k], every[:, k:-1]
 
 
 def _forward_layer(
-    static: _Static, i: int, operand: Tensor, tensors: Sequence[Tensor | None]
+    static: _Static, i: int, operand: tuple[Tensor, Tensor | None, Tensor | None], tensors: Sequence[Tensor | None]
 ) -> tuple[_Layer, tuple[Tensor, Tensor]]:
     """y = conv(operand) and the affine that its statistics make. Returns the layer, and mean and unbiased var."""
     w, gamma, beta, mean, var = tensors[_PER_LAYER * i : _PER_LAYER * (i + 1)]
     assert w is not None
-    if static.batch_stats[i]:
-        y, mean, var = ops.conv_stats(operand, w, *static.conv(i))
-        n, _, p, q = y.shape
-        if n * p * q == 1:  # nn.BatchNorm2d's own rule, in its own words
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
-        statistics = mean, var * (n * p * q / (n * p * q - 1))
-    else:
+    x, *lazy = operand
+    if not static.batch_stats[i]:
         assert mean is not None and var is not None
-        y = F.conv2d(operand, w, None, *static.conv(i)).contiguous(memory_format=torch.channels_last)
-        statistics = mean.new_empty(0), var.new_empty(0)
-    return _Layer(w, y, mean, *scale_shift(mean, var, gamma, beta, static.eps[i])), statistics
+        if lazy[0] is not None:
+            x = ops.affine_act(x, *lazy)  # type: ignore[arg-type]
+        y = F.conv2d(x, w, None, *static.conv(i)).contiguous(memory_format=torch.channels_last)
+        nothing = mean.new_empty(0), var.new_empty(0)
+        return _Layer(w, y, mean, *scale_shift(mean, var, gamma, beta, static.eps[i])), nothing
+    norm = gamma, beta, static.eps[i]
+    y, mean, var, rstd, scale, shift = ops.conv_stats(x, w, *static.conv(i), *lazy, *norm)
+    total = None
+    if static.group[i] is not None:
+        n, means, variances = _gather(static.group[i], _values(y), mean, var)
+        mean, var, rstd, scale, shift = ops.bn_finalize(n, means, variances, *norm)
+        total = n.sum()
+    elif _values(y) == 1:  # nn.BatchNorm2d's own rule, in its own words
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
+    return _Layer(w, y, mean, rstd, scale, shift, total), (mean, var)
 
 
 def _forward_block(
-    static: _Static, x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None]
-) -> tuple[Tensor, list[_Layer], list[Tensor]]:
-    """z, the layers, and their statistics flat: mean, unbiased var, mean, ... (empty where they were given)."""
-    end = len(static.geometry) - static.projection - 1
+    static: _Static, x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None], keep: bool
+) -> tuple[Tensor, Tensor | None, list[_Layer], list[Tensor]]:
+    """z, what its backward will need of it, the layers, and their statistics flat: mean, unbiased var, mean, ...
+
+    Statistics are empty where they were given. ``keep``: there will be a backward; it needs the pooling's index, or
+    the bits of the ReLU behind a sum. Without a sum those follow from y.
+    """
+    end = static.end
     layers: list[_Layer] = []
     statistics: list[Tensor] = []
-    operand = x
+    first = operand = x, None, None
     for i in range(len(static.geometry)):
-        layer, stats = _forward_layer(static, i, x if i > end else operand, tensors)
+        layer, stats = _forward_layer(static, i, first if i > end else operand, tensors)
         layers.append(layer)
         statistics += stats
-        operand = layer.activation(static.relu[i]) if i < end else x
+        if i < end:
+            operand = layer.operand(static.relu[i])  # type: ignore[assignment]
     last, relu = layers[end], static.relu[end]
+    affine = last.y, last.scale, last.shift
+    if static.pool:
+        z, kept = ops.affine_act_maxpool(*affine)
+        return z, kept, layers, statistics
+    shortcut: tuple[Tensor | None, ...] = (x,) if static.identity else (residual,)
     if static.projection:
-        side = layers[-1]
-        z = ops.affine_act(last.y, last.scale, last.shift, side.y, side.scale, side.shift, relu)
-    else:
-        z = ops.affine_act(last.y, last.scale, last.shift, x if static.identity else residual, relu=relu)
-    return z, layers, statistics
+        shortcut = layers[-1].y, layers[-1].scale, layers[-1].shift
+    if keep and relu and shortcut[0] is not None:
+        z, kept = ops.affine_act_mask(*affine, *shortcut)
+        return z, kept, layers, statistics
+    return ops.affine_act(*affine, *shortcut, relu=relu), None, layers, statistics
+
+
+def _conv_backward(*args: Any, residual: Tensor | None, **lazy: Any) -> tuple[Tensor, Tensor]:
+    """``ops.conv_backward``; ``residual`` is ours, and may be written over where the backend can."""
+    if residual is not None and not torch.compiler.is_compiling():
+        into = hook("conv_backward", "into", args[0].device, args[0].dtype)
+        if into is not None:
+            return into(*args, **lazy, residual=residual)
+    return ops.conv_backward(*args, **lazy, residual=residual)
 
 
 class _Backward:
@@ -248,32 +322,77 @@ class _Backward:
         """scale and shift, from which the ops form the mask of the ReLU behind layer i; nothing without a ReLU."""
         return (self.layers[i].scale, self.layers[i].shift) if self.static.relu[i] else ()
 
-    def sums(self, i: int, dz: Tensor, mask: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """sum(g) and sum(g * (y - mean)) of layer i, or None where nothing depends on them."""
+    def needs_sums(self, i: int) -> bool:
+        """Whether anything depends on the sums of layer i."""
         _, gamma, beta = self.needs[i]
-        if not (gamma or beta or self.static.batch_stats[i]):
-            return None
-        return ops.bn_backward_sums(dz, self.layers[i].y, self.layers[i].mean, *mask)
+        return gamma or beta or self.static.batch_stats[i]
 
-    def parameters(
-        self, i: int, dz: Tensor, mask: Sequence[Tensor], sums: tuple[Tensor, Tensor] | None, before: int | None
-    ) -> Tensor:
-        """Gradients of layer i's weight, gamma and beta, into ``grads``; returns dy. ``before``: the layer it reads."""
-        layer, (weight, gamma, beta) = self.layers[i], self.needs[i]
+    def coefficients(self, i: int, sums: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b, c of layer i's lazy gradient; the gradients of its gamma and beta go into ``grads``."""
+        layer, (_, gamma, beta) = self.layers[i], self.needs[i]
         a = layer.scale
-        b = c = torch.zeros_like(a)
-        if sums is not None:
-            sum_g, sum_gy = sums
-            self.grads[_PER_LAYER * i + 1] = sum_gy * layer.rstd if gamma else None
-            self.grads[_PER_LAYER * i + 2] = sum_g if beta else None
-            if self.static.batch_stats[i]:
-                m = layer.y.numel() // layer.y.shape[1]
-                b, c = -a * layer.rstd.square() * sum_gy / m, -a * sum_g / m
-        dy = ops.bn_backward_apply(dz, layer.y, layer.mean, a, b, c, *mask)
-        if weight:
-            operand = self.x if before is None else self.layers[before].activation(self.static.relu[before])
-            self.grads[_PER_LAYER * i] = ops.conv_wgrad(dy, operand, list(layer.w.shape), *self.static.conv(i))
-        return dy
+        if sums is None:
+            zero = torch.zeros_like(a)
+            return a, zero, zero
+        sum_g, sum_gy = sums
+        if layer.total is None:
+            b, c, dgamma = ops.bn_backward_finalize(sum_g, sum_gy, layer.rstd, a, float(_values(layer.y)))
+        else:
+            # gamma's and beta's gradients are this rank's: whoever averages gradients over ranks averages them too.
+            every = torch.stack((sum_g, sum_gy))
+            dist.all_reduce(every, group=self.static.group[i])
+            every /= layer.total.clamp(min=1)
+            b, c, _ = ops.bn_backward_finalize(every[0], every[1], layer.rstd, a, 1.0)
+            dgamma = sum_gy * layer.rstd
+        if not self.static.batch_stats[i]:
+            b = c = torch.zeros_like(a)
+        self.grads[_PER_LAYER * i + 1] = dgamma if gamma else None
+        self.grads[_PER_LAYER * i + 2] = sum_g if beta else None
+        return a, b, c
+
+    def layer(
+        self,
+        i: int,
+        dz: Tensor,
+        mask: Sequence[Tensor],
+        sums: tuple[Tensor, Tensor] | None,
+        before: int | None,
+        needs_x: bool,
+        residual: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Layer i's gradients into ``grads``; returns its input's, with ``residual`` added, which may be overwritten.
+
+        ``dz`` behind the ReLU of ``mask``, or behind the pooling that ``index`` is of. ``before``: the layer it reads,
+        None for x. Where ``needs_x`` is False the gradient returned has no elements.
+        """
+        layer, needs_w = self.layers[i], self.needs[i][0]
+        lazy = (layer.y, layer.mean, *self.coefficients(i, sums))
+        if index is not None:
+            dz, lazy = ops.maxpool_backward_apply(dz, index, *lazy), ()  # type: ignore[arg-type]
+        gradient = dict(zip(("y", "mean", "a", "b", "c", "gscale", "gshift"), (*lazy, *mask), strict=False))
+        x, scale, shift = self.x, None, None
+        if before is not None and needs_w:
+            x, scale, shift = self.layers[before].operand(self.static.relu[before])
+        elif before is not None:
+            x = self.layers[before].y  # its size alone is needed
+        if not (needs_x or needs_w):
+            return dz.new_empty(0)
+        dx, dw = _conv_backward(
+            dz,
+            x,
+            layer.w,
+            *self.static.conv(i),
+            needs_x,
+            needs_w,
+            scale=scale,
+            shift=shift,
+            **gradient,
+            residual=residual,
+        )
+        if needs_w:
+            self.grads[_PER_LAYER * i] = dw
+        return dx
 
 
 class _Block(torch.autograd.Function):
@@ -283,12 +402,9 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any, static: _Static, x: Tensor, residual: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        z, layers, statistics = _forward_block(static, x, residual, tensors)
+        z, kept, layers, statistics = _forward_block(static, x, residual, tensors, True)
         ctx.static, ctx.backend = static, forced_backend()
-        # At the block's end z tells the mask; without a residual it follows from y, and z need not be kept.
-        end = len(layers) - static.projection - 1
-        ctx.keeps_z = static.relu[end] and (static.identity or static.projection or residual is not None)
-        ctx.save_for_backward(x, z if ctx.keeps_z else None, *(t for layer in layers for t in layer))
+        ctx.save_for_backward(x, kept, *(t for layer in layers for t in layer))
         ctx.mark_non_differentiable(*statistics)
         return (z, *statistics)
 
@@ -304,27 +420,38 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
-        x, z, *saved = ctx.saved_tensors
-        layers = [_Layer(*saved[i : i + 6]) for i in range(0, len(saved), 6)]
+        x, kept, *saved = ctx.saved_tensors
+        size = len(_Layer._fields)
+        layers = [_Layer(*saved[i : i + size]) for i in range(0, len(saved), size)]
         needs_x, needs_residual = ctx.needs_input_grad[1:3]
         flags = ctx.needs_input_grad[3:]
         needs = [flags[i : i + 3] for i in range(0, len(flags), _PER_LAYER)]  # of weight, gamma, beta
         block = _Backward(static, x, layers, needs)
-        end = len(layers) - static.projection - 1
+        end = static.end
         side = layers[-1] if static.projection else None
 
         # The block's end: g, and the sums of its batch norms.
-        mask: Sequence[Tensor] = () if ctx.keeps_z else block.mask(end)
-        if ctx.keeps_z:
+        last = layers[end]
+        mask: Sequence[Tensor] = ()
+        index: Tensor | None = None
+        sums: tuple[Tensor, Tensor] | None = None
+        side_sums: tuple[Tensor, Tensor] | None = None
+        if static.pool:
+            g, index = dz.contiguous(memory_format=torch.channels_last), kept
+            if block.needs_sums(end):
+                sums = ops.maxpool_backward_sums(g, index, last.y, last.mean)
+        elif kept is not None:
             g, sum_g, sum_gy, sum_gr = ops.affine_act_backward(
-                dz, z, layers[end].y, layers[end].mean, side.y if side else None, side.mean if side else None
+                dz, kept, last.y, last.mean, side.y if side else None, side.mean if side else None
             )
-            sums: tuple[Tensor, Tensor] | None = (sum_g, sum_gy)
-            side_sums: tuple[Tensor, Tensor] | None = (sum_g, sum_gr)
+            sums = (sum_g, sum_gy) if block.needs_sums(end) else None
+            side_sums = (sum_g, sum_gr) if side and block.needs_sums(end + 1) else None
         else:
-            g = dz.contiguous(memory_format=torch.channels_last)
-            sums = block.sums(end, g, mask)
-            side_sums = block.sums(end + 1, g, ()) if side else None
+            g, mask = dz.contiguous(memory_format=torch.channels_last), block.mask(end)
+            if block.needs_sums(end):
+                sums = ops.bn_backward_sums(g, last.y, last.mean, *mask)
+            if side and block.needs_sums(end + 1):
+                side_sums = ops.bn_backward_sums(g, side.y, side.mean)
 
         dx: Tensor | None = None
         dz = g
@@ -332,26 +459,26 @@ class _Block(torch.autograd.Function):
             upstream = needs_x or any(any(n) for n in needs[:i])
             if not upstream and not any(needs[i]):
                 break
+            # An identity's gradient is g, which after the first layer's backward nobody needs.
+            residual = g if i == 0 and static.identity and needs_x and end > 0 and not needs_residual else None
             before = i - 1 if i else None
-            dy = block.parameters(i, dz, mask, sums, before)
+            dz = block.layer(i, dz, mask, sums, before, upstream, residual, index)
+            index = None
             if not upstream:
                 break
-            shape = x.shape if before is None else layers[before].y.shape
-            dz = ops.conv_dgrad(dy, layers[i].w, list(shape), *static.conv(i))
             if before is None:
                 dx = dz
+                if static.identity and residual is None:
+                    dx = dx + g
             else:
                 mask = block.mask(before)
-                sums = block.sums(before, dz, mask)
+                sums = None
+                if block.needs_sums(before):
+                    sums = ops.bn_backward_sums(dz, layers[before].y, layers[before].mean, *mask)
 
         if side and (needs_x or any(needs[-1])):
-            dy = block.parameters(end + 1, g, (), side_sums, None)
-            if needs_x:
-                assert dx is not None
-                dx.add_(ops.conv_dgrad(dy, side.w, list(x.shape), *static.conv(end + 1)))
-        if static.identity and needs_x:
-            assert dx is not None
-            dx.add_(g)
+            side_dx = block.layer(end + 1, g, (), side_sums, None, needs_x, dx)
+            dx = side_dx if needs_x else dx
         return None, dx, (g if needs_residual else None), *block.grads
 
 
@@ -382,6 +509,7 @@ def residual_block(
     projection: ConvBn | None = None,
     residual: Tensor | None = None,
     identity: bool = False,
+    pool: bool = False,
 ) -> Tensor:
     """z = act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), differentiable once; updates running statistics.
 
@@ -391,6 +519,7 @@ def residual_block(
         projection: the shortcut is this layer, reading ``x`` (options B and C); its ``relu`` is ignored.
         residual: the shortcut is this tensor (N, K, P, Q), computed elsewhere.
         identity: the shortcut is ``x`` itself.
+        pool: a 3x3/2 max-pool with padding 1 follows, as in a stem; without a shortcut, behind a ReLU.
 
     At most one shortcut may be given; none makes a chain. Returns z (N, K, P, Q), channels-last, in the dtype of ``x``
     or of autocast. Under autocast the two summands of ``x``'s gradient (main path and shortcut) are added in autocast's
@@ -400,6 +529,8 @@ def residual_block(
     """
     if (projection is not None) + (residual is not None) + identity > 1:
         raise ValueError("projection, residual, identity: found more than one, supported is at most one")
+    if pool and (projection is not None or residual is not None or identity or not layers[-1].relu):
+        raise ValueError("pool: found True, supported without a shortcut and behind a ReLU")
     every = [*layers, projection] if projection is not None else list(layers)
     if isinstance(x, Tensor) and x.dim() == 4:
         x, residual, every = _autocast(x, residual, every)
@@ -410,18 +541,17 @@ def residual_block(
         eps=tuple(la.eps for la in every),
         relu=tuple(la.relu for la in every),
         batch_stats=tuple(la.batch_stats for la in every),
+        group=tuple(la.group if la.batch_stats else None for la in every),
         projection=projection is not None,
         identity=identity,
+        pool=pool,
     )
     tensors = [t for layer in every for t in layer_tensors(layer)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *tensors)):
         z, *statistics = _Block.apply(static, x, residual, *tensors)
     else:
-        z, _, statistics = _forward_block(static, x, residual, tensors)
-    for i, layer in enumerate(every):
-        if layer.batch_stats:
-            mean, var = statistics[2 * i : 2 * i + 2]
-            _update_running(layer, mean, var, empty=z.numel() == 0)
+        z, _, _, statistics = _forward_block(static, x, residual, tensors, False)
+    _update_running(every, statistics, empty=x.numel() == 0)
     return z
 
 

@@ -19,8 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters, dispatch
-from .folding import FoldCache
-from .plan import BlockPlan, Handed, HostPlan, Opaque, Refusal, find, narrow, run, run_unfused, why_not_now
+from .folding import FoldCache, Program
+from .plan import (
+    BlockPlan,
+    Handed,
+    HostPlan,
+    Opaque,
+    Refusal,
+    find,
+    narrow,
+    program,
+    run,
+    run_unfused,
+    stage_situation,
+    why_not_now,
+)
 
 __all__ = ["Explanation", "FuseError", "Row", "explain", "fuse", "fused", "register_block", "unfuse"]
 
@@ -41,6 +54,7 @@ class _State:
         self.plan, self.backend = plan, backend
         self.caches = [FoldCache() for _ in _parts(plan)]
         self.refusal: str | None = None  # why the last call ran the original forward, for explain()
+        self.program: Program | None = None  # of a stage
 
 
 def _parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan, ...]:
@@ -171,8 +185,21 @@ def _hands_on(block: Any) -> bool:
 
 
 def _forward_stage(stage: Any, x: Any, part: Any) -> Any:
-    """nn.Sequential.forward, in which a block's output, once the next block has it, is that block's to overwrite."""
+    """nn.Sequential.forward, in which a block's output, once the next block has it, is that block's to overwrite.
+
+    In inference on folded weights, from the second call on, the blocks run as one program.
+    """
+    state: _State = stage.__dict__[_KEY]
+    situation = stage_situation(stage, x)
+    if state.program is not None and situation is not None and _HANDED not in vars(x):
+        if state.program.holds(situation):
+            z = state.program(x)
+            if z is not None:
+                return z
+        else:
+            state.program = None
     blocks = list(stage)
+    first = x
     tight = [_hands_on(block) for block in blocks] + [False]
     for i, block in enumerate(blocks):
         handed = _taken(x)
@@ -181,6 +208,11 @@ def _forward_stage(stage: Any, x: Any, part: Any) -> Any:
         elif type(x) is Tensor:
             setattr(x, _HANDED, handed._replace(disposable=i > 0 and tight[i - 1], inside=tight[i + 1]))
         x = block(x)
+    if state.program is None and situation is not None and all(tight[:-1]):
+        states: list[_State] = [block.__dict__[_KEY] for block in blocks]
+        if all(s.refusal is None and s.backend is None for s in states):
+            plans: Any = [s.plan for s in states]
+            state.program = program(stage, plans, [s.caches[0] for s in states], first)
     return x
 
 
@@ -256,7 +288,7 @@ def fuse(
         model: any module: a torchvision, timm, transformers or segmentation-models-pytorch network, our own, or one
             whose blocks were registered. What is not recognised stays as it is; :func:`explain` says why.
         filter_fn: called with (name, module) of each block; where it returns False the block is left alone.
-        backend: run on this backend alone ("native", "onednn", "cudnn", "torch"); None chooses per op.
+        backend: run on this backend alone ("native", "onednn", "cudnn", "triton", "torch"); None chooses per op.
         strict: raise :class:`FuseError`, and leave the model as it was, if a block cannot be fused whole.
 
     Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,
@@ -280,8 +312,8 @@ def fuse(
         state = _state(candidate.module)
         if state is None:
             _attach(candidate.module, candidate.plan, backend)
-        else:
-            state.backend = backend
+        elif state.backend != backend:
+            candidate.module.__dict__[_KEY] = _State(candidate.plan, backend)  # a new one: a stage's program sees it
     _attach_stages(model)
     return model
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .folding import FoldCache
-from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, run, run_unfused
+from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, run
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvBnAct2d", "Stem"]
 
@@ -250,7 +250,7 @@ class Stem(_Fused):
     (N, in_channels, H, W) -> (N, channels, H / 4, W / 4).
     """
 
-    plan = BlockPlan("stem", (ConvBnPath("conv1", "bn1", True),))
+    plan = BlockPlan("stem", (ConvBnPath("conv1", "bn1", True),), pool="maxpool")
 
     def __init__(self, in_channels: int = 3, channels: int = 64) -> None:
         super().__init__()
@@ -269,9 +269,5 @@ class Stem(_Fused):
         self.training = bn1.training
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, K, P, Q), channels-last."""
-        return self.maxpool(super().forward(x))
-
     def unfused(self, x: Tensor) -> Tensor:
-        return F.relu(run_unfused(self, self.plan, x))
+        return self.maxpool(F.relu(self.bn1(self.conv1(x))))

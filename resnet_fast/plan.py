@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import functional as f
 from .dispatch import forced_backend, use_backend
-from .folding import FoldCache, Folded, arithmetic, cast, folded_block
+from .folding import FoldCache, Folded, Program, arithmetic, cast, folded_block
 from .watch import Watch
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "Opaque",
     "Refusal",
     "find",
+    "program",
     "run",
     "run_unfused",
+    "stage_situation",
     "why_not_now",
 ]
 
@@ -61,12 +64,15 @@ class BlockPlan:
         shortcut: None (a chain), "identity", a :class:`ConvBnPath` (a projection, without ``act``), or
             :class:`Opaque`: a submodule that is called as it is, and its output added.
         idle: paths of what must be absent, None or nn.Identity, because the plan leaves it out.
+        pool: path of the pooling behind a chain. In training nn.MaxPool2d(3, 2, padding=1) runs in one pass with the
+            batch norm and ReLU before it; another pooling, or none, is called as it is.
     """
 
     kind: str
     layers: tuple[ConvBnPath, ...]
     shortcut: ConvBnPath | Opaque | str | None = None
     idle: tuple[str, ...] = ()
+    pool: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.shortcut, str) and self.shortcut != "identity":
@@ -78,7 +84,8 @@ class BlockPlan:
     def paths(self) -> tuple[str, ...]:
         """Every submodule that the fused forward takes over."""
         convs = (*self.layers, self.shortcut) if isinstance(self.shortcut, ConvBnPath) else self.layers
-        return tuple(dict.fromkeys(p for c in convs for p in (c.conv, c.bn, c.act) if isinstance(p, str)))
+        paths = (*(p for c in convs for p in (c.conv, c.bn, c.act)), self.pool)
+        return tuple(dict.fromkeys(p for p in paths if isinstance(p, str)))
 
     @property
     def what(self) -> str:
@@ -90,6 +97,8 @@ class BlockPlan:
             words.append("identity")
         elif isinstance(self.shortcut, Opaque):
             words.append(f"the sum with {self.shortcut.path}, which runs as it is")
+        if self.pool is not None:
+            words.append(self.pool)
         return ", ".join(words)
 
 
@@ -199,12 +208,12 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
     relu = _relu(module, paths.act)
     weight, bias = _tensor(conv, "weight"), _tensor(conv, "bias")
     # nn.BatchNorm2d.forward's rules: what it normalises by, and whether it updates its buffers.
-    kind, training, keeps, momentum, counter = type(bn), False, True, None, None
+    kind, training, keeps, momentum, counter, group = type(bn), False, True, None, None, None
     if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
         training = bn.training
         if training:
             if kind is nn.SyncBatchNorm:
-                raise Refusal(f"{paths.bn} is SyncBatchNorm in training, supported are BatchNorm2d and eval")
+                group = _group(bn)
             keeps, momentum, counter = bn.track_running_stats, bn.momentum, _tensor(bn, "num_batches_tracked")
     elif not _is_frozen(bn):
         raise Refusal(f"{paths.bn} is {kind.__name__}, supported is torch.nn.BatchNorm2d")
@@ -226,7 +235,29 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
         momentum,
         training or (mean is None and var is None),
         relu,
+        group,
     )
+
+
+def _group(bn: Any) -> Any:
+    """The ranks over which an nn.SyncBatchNorm takes its statistics; None where it is alone, as in its own forward."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _pool(module: nn.Module, plan: BlockPlan) -> tuple[nn.Module | None, bool]:
+    """The pooling behind a chain, if there is any, and whether it is the one that the ops know."""
+    if plan.pool is None:
+        return None, False
+    m = find(module, plan.pool, plain=True)
+    if type(m) is not nn.MaxPool2d or not plan.layers[-1].act:
+        return m, False
+    known = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
+    same = all(getattr(m, name) in (number, (number, number)) for name, number in known.items())
+    watched = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return m, same and not (m.return_indices or m.ceil_mode or watched or "forward" in m.__dict__)
 
 
 def _collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.ConvBn | None]:
@@ -274,7 +305,9 @@ def _check_input(x: Any, layers: list[f.ConvBn], dtype: torch.dtype | None) -> N
     w = layers[0].weight
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         raise Refusal(f"x is {type(x).__name__}, supported is torch.Tensor")
-    if x.dim() != 4 or x.numel() == 0 or x.shape[1] != w.shape[1] * layers[0].groups:
+    # A rank without a batch still has to meet the others where statistics are merged.
+    empty = x.numel() == 0 and not any(la.group is not None for la in layers)
+    if x.dim() != 4 or empty or x.shape[1] != w.shape[1] * layers[0].groups:
         raise Refusal(f"x is {tuple(x.shape)}, supported are non-empty (N, {w.shape[1] * layers[0].groups}, H, W)")
     if x.dtype not in _DTYPES or x.device.type not in ("cpu", "cuda"):
         raise Refusal(f"x is {x.dtype} on {x.device}, supported are float32, bfloat16, float16 on cpu and cuda")
@@ -366,13 +399,55 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
         answer = _run_folded(plan, x, folded, residual, handed)
         if answer is not None:
             z, bound = answer
+            pool, _ = _pool(module, plan)
+            if pool is not None:
+                z = pool(z)
             if handed.inside:
                 return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
             return cast(z, dtype), _OUTSIDE
         layers, projection = _collect(module, plan)
     x = narrow(x, handed)
     identity = plan.shortcut == "identity"
-    return f.residual_block(x, layers, projection=projection, residual=residual, identity=identity), _OUTSIDE
+    pool, known = _pool(module, plan)
+    known = known and layers[-1].relu
+    z = f.residual_block(x, layers, projection=projection, residual=residual, identity=identity, pool=known)
+    return z if pool is None or known else pool(z), _OUTSIDE
+
+
+def program(stage: nn.Module, plans: list[BlockPlan], caches: list[FoldCache], x: Tensor) -> Program | None:
+    """The blocks of ``stage``, which have just run on ``x`` with nothing known of it, as one program; None where one of
+    them did not run folded, or must be called for its shortcut.
+    """
+    situation = stage_situation(stage, x)
+    if situation is None or any(isinstance(plan.shortcut, Opaque) or plan.pool for plan in plans):
+        return None
+    if not all(cache.is_folded for cache in caches):
+        return None
+    paths = [
+        f"{name}.{path}" for name, plan in zip(stage._modules, plans, strict=True) for path in plan.paths + plan.idle
+    ]
+    blocks = [
+        (cache, isinstance(plan.shortcut, ConvBnPath), plan.shortcut == "identity")
+        for cache, plan in zip(caches, plans, strict=True)
+    ]
+    return Program(blocks, situation, Watch(stage, paths))
+
+
+def stage_situation(stage: nn.Module, x: Any) -> tuple[Any, ...] | None:
+    """``_situation`` of a whole stage; None where it must not run as a program."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or _transformed() or _global_hooks():
+        return None
+    return _situation(stage, x, _OUTSIDE)
+
+
+def _global_hooks() -> bool:
+    hooks = nn_module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
 
 
 def _situation(module: nn.Module, x: Tensor, handed: Handed) -> tuple[Any, ...]:
@@ -405,4 +480,5 @@ def run_unfused(module: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
         for path in (layer.conv, layer.bn, layer.act):
             if isinstance(path, str) and (m := find(module, path)) is not None:
                 x = m(x)
-    return x
+    pool = None if plan.pool is None else find(module, plan.pool)
+    return x if pool is None else pool(x)

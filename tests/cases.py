@@ -123,11 +123,12 @@ def arrange(t: Tensor, layout: str) -> Tensor:
     if layout == "nchw":
         return t.contiguous()
     n, c, h, w = t.shape
+    fill = torch.nan if t.is_floating_point() else 255
     if layout == "sliced":  # a view with gaps in every dimension
-        whole = t.new_full((2 * n, c + 3, h + 1, w + 2), torch.nan)
+        whole = t.new_full((2 * n, c + 3, h + 1, w + 2), fill)
         view = whole.contiguous(memory_format=torch.channels_last)[::2, 1 : c + 1, :h, 1 : w + 1]
     elif layout == "unaligned":  # channels-last and dense, one element off the allocation's start
-        view = t.new_full((t.numel() + 1,), torch.nan).as_strided(t.shape, t.stride(), 1)
+        view = t.new_full((t.numel() + 1,), fill).as_strided(t.shape, t.stride(), 1)
     else:
         raise ValueError(f"layout: found {layout!r}, supported are {', '.join(LAYOUTS)}")
     return view.copy_(t)
@@ -135,7 +136,8 @@ def arrange(t: Tensor, layout: str) -> Tensor:
 
 #: Which optional arguments a variant of an op gets; "relu" among them means relu=True. The first is the usual one.
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "bn_stats": {"plain": ()},
+    "bn_stats": {"plain": ("gamma", "beta", "eps"), "bare": ()},
+    "bn_finalize": {"plain": ("gamma", "beta", "eps"), "bare": ()},
     "affine_act": {
         "residual": ("relu", "residual"),
         "plain": ("relu",),
@@ -143,10 +145,28 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "linear": (),
         "linear_projection": ("residual", "rscale", "rshift"),
     },
-    "affine_act_backward": {"plain": (), "projection": ("residual", "rmean")},
+    "affine_act_mask": {
+        "residual": ("residual",),
+        "plain": (),
+        "projection": ("residual", "rscale", "rshift"),
+    },
+    "affine_act_backward": {
+        "plain": (),
+        "projection": ("residual", "rmean"),
+        "mask": ("mask",),
+        "mask_projection": ("mask", "residual", "rmean"),
+    },
     "bn_backward_sums": {"masked": ("scale", "shift"), "linear": ()},
+    "bn_backward_finalize": {"plain": ()},
     "bn_backward_apply": {"masked": ("scale", "shift"), "linear": ()},
-    "conv_stats": {"plain": (), "lazy": ("scale", "shift")},
+    "affine_act_maxpool": {"plain": ()},
+    "maxpool_backward_sums": {"plain": ()},
+    "maxpool_backward_apply": {"plain": ()},
+    "conv_stats": {
+        "plain": ("gamma", "beta", "eps"),
+        "lazy": ("scale", "shift", "gamma", "beta", "eps"),
+        "bare": (),
+    },
     "conv_dgrad": {"plain": (), "lazy": ("y", "mean", "a", "b", "c")},
     "conv_wgrad": {
         "plain": (),
@@ -154,6 +174,13 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "lazy_activation": ("scale", "shift"),
         "lazy_gradient": ("y", "mean", "a", "b", "c"),
     },
+    "conv_backward": {
+        "plain": (),
+        "lazy": ("scale", "shift", "y", "mean", "a", "b", "c"),
+        "masked": ("scale", "shift", "y", "mean", "a", "b", "c", "gscale", "gshift"),
+        "residual": ("y", "mean", "a", "b", "c", "residual"),
+    },
+    "conv_backward_sums": {"lazy": ("y", "mean", "a", "b", "c"), "plain": ()},
     "conv_affine_act": {
         "residual": ("relu", "residual"),
         "plain": ("relu",),
@@ -167,9 +194,10 @@ class _Maker:
     """Values by the name of the argument: the vocabulary's names mean the same in every op."""
 
     def __init__(self, op: str, case: Case, dtype: torch.dtype, device: str, seed: int, layout: str) -> None:
-        self.case, self.dtype, self.device, self.seed, self.layout = case, dtype, device, seed, layout
+        self.op, self.case, self.dtype, self.device, self.seed, self.layout = op, case, dtype, device, seed, layout
         # In these two the lazy activation is x, elsewhere scale and shift belong to y.
-        self.channels = case.C if op in ("conv_stats", "conv_wgrad") else case.K
+        lazy_x = op in ("conv_stats", "conv_wgrad", "conv_backward", "conv_backward_sums")
+        self.channels = case.C if lazy_x else case.K
 
     def randn(self, name: str, *size: int) -> Tensor:
         """Normal numbers that depend on the seed and the name alone."""
@@ -187,9 +215,26 @@ class _Maker:
             t += offset.view(1, -1, 1, 1)
         return arrange(t.to(self.dtype), self.layout)
 
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """z and index of ``affine_act_maxpool``: as the definition makes them of this case's y."""
+        z, index = ops.affine_act_maxpool.definition(self.make("y"), self.make("scale"), self.make("shift"))
+        return z, arrange(index, self.layout)
+
+    def mask(self) -> Tensor:
+        """The mask of z, as ``affine_act_mask`` packs it."""
+        one = torch.ones(self.case.K, device=self.device)
+        return ops.affine_act_mask.definition(self.make("z"), one, 0 * one)[1]
+
     def make(self, name: str) -> Any:
         """The argument called ``name``."""
         case, k = self.case, self.case.K
+        if self.op == "bn_finalize" and name in ("mean", "var"):
+            return torch.stack([self.vector(f"{name}{part}", k, 1.0, 0.1).abs() for part in range(3)])
+        if self.op == "conv_backward" and name == "residual":
+            return self.image("residual", case.x_size)
+        if self.op.startswith("maxpool") and name in ("dz", "index"):
+            z, index = self.pooled()
+            return index if name == "index" else self.image("dz", list(z.shape))
         simple: dict[str, Callable[[], Any]] = {
             "x": lambda: self.image("x", case.x_size),
             "y": lambda: self.image("y", case.y_size, self.make("mean")),
@@ -198,6 +243,7 @@ class _Maker:
             "g": lambda: self.image("g", case.y_size),
             "z": lambda: arrange(torch.relu(self.image("z", case.y_size)), self.layout),
             "mean": lambda: self.vector("mean", k, 0.0, 1.0),
+            "xmean": lambda: self.vector("xmean", case.C, 0.0, 1.0),
             "rmean": lambda: self.vector("rmean", k, 0.0, 1.0),
             "scale": lambda: self.vector("scale", self.channels, 1.0, 0.5),
             "shift": lambda: self.vector("shift", self.channels, 0.0, 1.0),
@@ -206,6 +252,17 @@ class _Maker:
             "a": lambda: self.vector("a", k, 1.0, 0.5),
             "b": lambda: self.vector("b", k, 0.0, 0.1),
             "c": lambda: self.vector("c", k, 0.0, 0.1),
+            "gscale": lambda: self.vector("gscale", k, 1.0, 0.5),
+            "gshift": lambda: self.vector("gshift", k, 0.0, 1.0),
+            "needs_x": lambda: True,
+            "needs_w": lambda: True,
+            "gamma": lambda: self.vector("gamma", k, 1.0, 0.5),
+            "beta": lambda: self.vector("beta", k, 0.0, 1.0),
+            "eps": lambda: 1e-3,
+            "n": lambda: float(case.NPQ),
+            "sum_g": lambda: self.vector("sum_g", k, 0.0, 10.0),
+            "sum_gy": lambda: self.vector("sum_gy", k, 0.0, 10.0),
+            "rstd": lambda: self.vector("rstd", k, 1.0, 0.1).abs(),
             "input_size": lambda: case.x_size,
             "weight_size": lambda: case.w_size,
             "stride": lambda: [case.stride] * 2,
@@ -237,6 +294,10 @@ def inputs(
     for name, parameter in OPS[op].signature.parameters.items():
         if name == "relu":
             arguments[name] = "relu" in kept
+        elif op == "bn_finalize" and name == "n":  # a part may be empty
+            arguments[name] = torch.tensor([case.NPQ, 0, 3], dtype=ops.stats_dtype(dtype), device=device)
+        elif name == "z" and "mask" in kept:
+            arguments[name] = maker.mask()
         elif parameter.default is parameter.empty or name in kept:
             arguments[name] = maker.make(name)
     return arguments

@@ -1,11 +1,16 @@
-"""What all tests share: one thread, and a seed."""
+"""What all tests share: one thread, a seed, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined: here, before any test file can import one.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

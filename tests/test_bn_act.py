@@ -26,7 +26,18 @@ from tests.tolerance import (
     variants,
 )
 
-OPS = ("bn_stats", "affine_act", "affine_act_backward", "bn_backward_sums", "bn_backward_apply")
+OPS = (
+    "bn_stats",
+    "bn_finalize",
+    "affine_act",
+    "affine_act_mask",
+    "affine_act_backward",
+    "bn_backward_sums",
+    "bn_backward_finalize",
+    "bn_backward_apply",
+)
+#: No sums over N, P and Q.
+ELEMENTWISE = ("bn_finalize", "affine_act", "affine_act_mask", "bn_backward_finalize", "bn_backward_apply")
 CASES = [pytest.param(case, id=case.name) for case in TINY + NASTY]
 THREADS = next(case for case in TINY if case.name == "threads")
 ODD = next(case for case in NASTY if case.name == "K9")
@@ -48,7 +59,7 @@ def test_layout_makes_no_difference(
 ) -> None:
     plain = run(op, inputs(op, ODD, dtype, device, variant=variant), name)
     other = run(op, inputs(op, ODD, dtype, device, variant=variant, layout=layout), name)
-    if name == "torch":  # torch's own sums go in the order of memory
+    if name == "torch" and op not in ELEMENTWISE:  # torch's own sums go in the order of memory
         assert_all_close(other, reference(op, inputs(op, ODD, dtype, device, variant=variant)), plain)
     else:
         assert_same_bits(plain, other)
@@ -147,6 +158,8 @@ def _wrong(value: torch.Tensor) -> dict[str, torch.Tensor]:
             "matrix": value[None],
             "device": value.to("meta"),
         }
+    if value.dim() == 2:
+        return {"fewer": value[1:], "shorter": value[:, 1:], "3d": value[None], "1d": value[0]}
     return {
         "smaller": value[:, :, 1:],
         "3d": value[0],
@@ -154,6 +167,10 @@ def _wrong(value: torch.Tensor) -> dict[str, torch.Tensor]:
         "dtype": value.double(),
         "device": value.to("meta"),
     }
+
+
+#: The argument that says what the others must be, where it is not y.
+MEASURE = {"bn_finalize": "mean", "bn_backward_finalize": "sum_g"}
 
 
 @needs_native
@@ -164,7 +181,7 @@ def test_native_names_the_argument_that_is_wrong(op: str) -> None:
     for variant in VARIANTS[op]:
         kwargs = inputs(op, ODD, variant=variant)
         for name, value in kwargs.items():
-            if not isinstance(value, torch.Tensor) or name == "y":  # y says what the others must be
+            if not isinstance(value, torch.Tensor) or name == MEASURE.get(op, "y"):
                 continue
             for what, wrong in _wrong(value).items():
                 with pytest.raises(ValueError, match=rf"^{name}: found .*(expected|supported)"):
@@ -281,9 +298,7 @@ def test_backward_definitions_are_the_gradient(relu: bool) -> None:
     """bn_backward_sums and bn_backward_apply against autograd through bn_stats and affine_act, in float64."""
     y = torch.randn(3, 5, 4, 6, dtype=torch.float64).requires_grad_()
     gamma, beta = (torch.randn(5, dtype=torch.float64).requires_grad_() for _ in range(2))
-    mean, var = ops.bn_stats.definition(y)
-    rstd = (var + 1e-5).rsqrt()
-    scale, shift = gamma * rstd, beta - mean * gamma * rstd
+    mean, _, rstd, scale, shift = ops.bn_stats.definition(y, gamma, beta)
     z = ops.affine_act.definition(y, scale, shift, relu=relu)
     dz = torch.randn_like(z)
     expected = torch.autograd.grad(z, (y, gamma, beta), dz)
@@ -291,10 +306,9 @@ def test_backward_definitions_are_the_gradient(relu: bool) -> None:
     with torch.no_grad():
         mask = (scale, shift) if relu else ()
         sum_g, sum_gy = ops.bn_backward_sums.definition(dz, y, mean, *mask)
-        m = y.numel() / y.shape[1]
-        b, c = -scale * rstd**2 * sum_gy / m, -scale * sum_g / m
+        b, c, dgamma = ops.bn_backward_finalize.definition(sum_g, sum_gy, rstd, scale, y.numel() / y.shape[1])
         dy = ops.bn_backward_apply.definition(dz, y, mean, scale, b, c, *mask)
-    for found, wanted in zip((dy, sum_gy * rstd, sum_g), expected, strict=True):
+    for found, wanted in zip((dy, dgamma, sum_g), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 

@@ -19,8 +19,17 @@ SHAPE = (1, 4, 8, 8)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep blocks of any size, from an empty shelf."""
     monkeypatch.setattr(buffers, "SMALLEST", 1)
-    monkeypatch.setattr(buffers, "_kept", [])
+    monkeypatch.setattr(buffers, "_kept", {})
+    monkeypatch.setattr(buffers, "_most_in_use", 0)
     yield
+
+
+def addresses() -> set[int]:
+    return {block.memory.data_ptr() for blocks in buffers._kept.values() for block in blocks}
+
+
+def kept() -> int:
+    return sum(block.nbytes for blocks in buffers._kept.values() for block in blocks)
 
 
 def test_memory_comes_back_when_nobody_holds_it() -> None:
@@ -29,10 +38,7 @@ def test_memory_comes_back_when_nobody_holds_it() -> None:
     assert first.shape == SHAPE and first.is_contiguous(memory_format=torch.channels_last)
     assert buffers.empty(SHAPE, torch.float32).data_ptr() != address
     del first
-    assert {buffers.empty(SHAPE, torch.float32).data_ptr() for _ in range(3)} <= {
-        address,
-        buffers._kept[-1].memory.data_ptr(),
-    }
+    assert {buffers.empty(SHAPE, torch.float32).data_ptr() for _ in range(3)} <= addresses() and address in addresses()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def test_memory_that_is_held_in_any_way_stays(hold) -> None:
     del tensor
     assert buffers.empty(SHAPE, torch.float32).data_ptr() != address
     del held
-    assert buffers.empty(SHAPE, torch.float32).data_ptr() in {b.memory.data_ptr() for b in buffers._kept}
+    assert buffers.empty(SHAPE, torch.float32).data_ptr() in addresses()
 
 
 def test_shared_memory_is_let_go() -> None:
@@ -76,9 +82,25 @@ def test_idle_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffers, "IDLE", 3000)
     for n in (1, 3, 9, 27):
         buffers.empty((n, 4, 8, 8), torch.float32)
-    assert sum(b.nbytes for b in buffers._kept) <= 3000 + 27 * 1024
+    assert kept() <= 27 * 1024  # the most that was ever in use
+    for n in (1, 3, 9):
+        buffers.empty((n, 4, 8, 8), torch.float32)
+    assert kept() <= 27 * 1024
     buffers.release()
-    assert buffers._kept == []
+    assert buffers._kept == {}
+    for n in (1, 2, 1, 2):
+        buffers.empty((n, 4, 8, 8), torch.float32)
+    assert kept() <= 3000
+
+
+def test_what_was_in_use_at_once_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from one training step to the next: all of it comes back, none of it anew."""
+    monkeypatch.setattr(buffers, "IDLE", 0)
+    step = [buffers.empty((n, 4, 8, 8), torch.float32) for n in (1, 1, 3, 9)]
+    before = addresses()
+    del step
+    step = [buffers.empty((n, 4, 8, 8), torch.float32) for n in (9, 3, 1, 1)]
+    assert addresses() == before == {t.data_ptr() for t in step}
 
 
 def test_small_outputs_are_ordinary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from resnet_fast import ops
 from resnet_fast.dispatch import backend, prepare, use_backend
+from tests import cuda_on_cpu
 from tests.cases import LAYOUTS, NASTY, TINY, VARIANTS, Case, inputs
 from tests.tolerance import (
     assert_all_close,
@@ -76,7 +77,7 @@ def test_padding_is_zero_after_the_activation(name: str, device: str, dtype: tor
     w = torch.ones(1, 2, 3, 3, dtype=dtype, device=device)
     vectors = {"scale": torch.ones(2, device=device), "shift": torch.full((2,), 100.0, device=device)}
     geometry = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
-    y, _, _ = run("conv_stats", {"x": x, "w": w, **geometry, **vectors}, name)
+    y, *_ = run("conv_stats", {"x": x, "w": w, **geometry, **vectors}, name)
     expected = F.conv2d(torch.full_like(x, 100.0), w, padding=1)
     assert expected[0, 0, 0, 0] == 800 and expected[0, 0, 1, 1] == 1800
     assert_same_bits(y, expected)
@@ -102,8 +103,10 @@ def test_large_beta_at_borders(name: str, device: str, dtype: torch.dtype, case:
 
 @pytest.mark.parametrize("name, device, dtype", backends("conv_stats"))
 def test_statistics_are_of_the_rounded_output(name: str, device: str, dtype: torch.dtype) -> None:
-    y, mean, var = run("conv_stats", inputs("conv_stats", BY_NAME["3x3"], dtype, device), name)
-    assert_all_close((mean, var), reference("bn_stats", {"y": y}), eager("bn_stats", {"y": y}))
+    kwargs = inputs("conv_stats", BY_NAME["3x3"], dtype, device)
+    y, *statistics = run("conv_stats", kwargs, name)
+    norm = {"y": y, **{k: kwargs[k] for k in ("gamma", "beta", "eps")}}
+    assert_all_close(statistics, reference("bn_stats", norm), eager("bn_stats", norm))
 
 
 GEOMETRIES = {
@@ -150,7 +153,9 @@ def test_nan_goes_where_torchs_goes(op: str, variant: str, name: str, device: st
                 assert torch.equal(a.isnan(), b.isnan()), f"{op}: NaN in {key}"
 
 
-@pytest.mark.parametrize("name, device, dtype", backends("conv_affine_act"))
+@pytest.mark.parametrize(
+    "name, device, dtype", [p for p in backends("conv_affine_act") if p.values[0] != "cuda_on_cpu"]
+)
 @pytest.mark.parametrize("case", [BY_NAME["3x3"], BY_NAME["1x1"], ODD], ids=lambda case: case.name)
 def test_prepared_weight(name: str, device: str, dtype: torch.dtype, case: Case) -> None:
     kwargs = inputs("conv_affine_act", case, dtype, device)
@@ -178,7 +183,7 @@ def test_wrong_arguments(op: str, variant: str, name: str, device: str, dtype: t
     """Called as dispatch calls it. What is read by address is refused by name, before it is read."""
     if name == "torch":
         pytest.skip("the definitions leave it to torch's own functions")
-    function = getattr(backend(name), op)
+    function = getattr(cuda_on_cpu.native() if name == "cuda_on_cpu" else backend(name), op)
     accepted, nameless = [], []
     for key, value in inputs(op, BY_NAME["K9"], dtype, device, variant=variant).items():
         if not isinstance(value, torch.Tensor):
@@ -209,7 +214,7 @@ def test_backward_definitions_are_the_gradient(case: Case) -> None:
     w = inputs("conv_dgrad", case, torch.float64)["w"].requires_grad_()
     geometry = [kwargs[k] for k in ("stride", "padding", "dilation", "groups")]
     activation = ops.affine_act.definition(kwargs["x"], kwargs["scale"], kwargs["shift"]).requires_grad_()
-    y, _, _ = ops.conv_stats.definition(activation, w, *geometry)
+    y, *_ = ops.conv_stats.definition(activation, w, *geometry)
     lazy = {k: kwargs[k] for k in ("y", "mean", "a", "b", "c")}
     dy = ops.bn_backward_apply.definition(kwargs["g"], **lazy)
     dx, dw = torch.autograd.grad(y, (activation, w), dy)

@@ -250,10 +250,16 @@ def test_backward_twice_and_accumulation() -> None:
 
 
 def test_what_backward_saved_may_not_be_changed() -> None:
-    """z is kept where the mask is read off it: writing to it is an error, as behind torch's own ReLU."""
+    """x is: writing to it is an error, as behind torch's own convolution. z is not: its mask is kept instead."""
     block = Block("identity").leaves()
+    block.ours().sum().backward()
+    expected, block.x.grad = block.x.grad, None
     z = block.ours()
     z.detach().add_(1)
+    z.sum().backward()
+    assert torch.equal(block.x.grad, expected)
+    z = block.ours()
+    block.x.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
 
@@ -329,12 +335,12 @@ def test_without_gradients_buffers_move_all_the_same(mode: Any) -> None:
 
 
 def test_no_activation_is_kept() -> None:
-    """Saved for backward: x, z, and per layer its weight, y and four vectors."""
+    """Saved for backward: x, a bit per value of z, and per layer its weight, y and four vectors."""
     block, seen = Block("identity").leaves(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         block.ours()
     images = sorted(tuple(t.shape) for t in seen if t.dim() == 4 and t.shape[0] == 3)
-    assert images == sorted([(3, 8, 6, 6)] * 3 + [(3, 6, 6, 6)] * 2)  # x, z, y3; y1, y2
+    assert images == sorted([(3, 8, 6, 6)] * 2 + [(3, 6, 6, 6)] * 2 + [(3, 6, 6, 1)])  # x, y3; y1, y2; mask
 
 
 # ---- what is refused

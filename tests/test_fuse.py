@@ -411,7 +411,7 @@ def test_statistics_of_the_swapped_norm_are_seen() -> None:
     assert statuses(model) == {"fused", "partly"}  # in eval it is a batch norm like any other
     torch.testing.assert_close(run(model), run(net()), rtol=1e-4, atol=1e-3)
     model.train()
-    assert "SyncBatchNorm in training" in resnet_fast.explain(model)[1].reason
+    assert statuses(model) == {"fused", "partly"}  # without a process group it is alone: test_sync.py has two
 
 
 # ---- torch's own tools see the original -------------------------------------------------------------------------

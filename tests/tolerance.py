@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.dispatch import OPS, backend, reasons, use_backend
+from resnet_fast.dispatch import BACKENDS, OPS, backend, reasons, use_backend
 from resnet_fast.ops import stats_dtype
+from tests import cuda_on_cpu
 from tests.cases import VARIANTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,10 +122,38 @@ def _eager_affine_act(
     return torch.relu(z) if relu else z
 
 
-def _eager_bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+def _eager_normalise(
+    mean: Tensor, var: Tensor, biased: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    rstd = (biased + eps).rsqrt()
+    scale = rstd if gamma is None else gamma * rstd
+    return mean, var, rstd, scale, (0 if beta is None else beta) - mean * scale
+
+
+def _eager_bn_stats(
+    y: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, ...]:
     one = torch.ones(y.shape[1], dtype=stats_dtype(y.dtype), device=y.device)
-    _, mean, rstd = torch.native_batch_norm(y, one, 0 * one, None, None, True, 0.0, 1e-5)
-    return mean, rstd**-2 - 1e-5
+    _, mean, rstd = torch.native_batch_norm(y, one, 0 * one, None, None, True, 0.0, eps)
+    n = y.numel() // max(y.shape[1], 1)
+    biased = rstd**-2 - eps
+    return _eager_normalise(mean, biased * n / max(n - 1, 1), biased, gamma, beta, eps)
+
+
+def _eager_bn_finalize(
+    n: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, ...]:
+    """Over the moments E[y] and E[y^2], the other way to merge."""
+    share = (n / n.sum()).unsqueeze(1)
+    merged = (share * mean).sum(0)
+    square = (share * mean.square() + var * (n - 1).clamp(min=0).unsqueeze(1) / n.sum()).sum(0)
+    biased = square - merged.square()
+    return _eager_normalise(merged, biased * n.sum() / (n.sum() - 1), biased, gamma, beta, eps)
 
 
 def _eager_sums(g: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +162,13 @@ def _eager_sums(g: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         g, y, one, None, None, mean, one, True, 0.0, [True, True, True]
     )
     return sum_g, sum_gy
+
+
+def _eager_affine_act_mask(y: Tensor, scale: Tensor, shift: Tensor, *residual: Tensor, **rest: Tensor) -> Any:
+    z = _eager_affine_act(y, scale, shift, *residual, **rest)
+    bits = F.pad(~(z <= 0).permute(0, 2, 3, 1), (0, -z.shape[1] % 8))
+    mask = sum(bits[..., i::8].to(torch.uint8) << i for i in range(8))
+    return z, mask
 
 
 def _eager_mask(dz: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -144,6 +180,9 @@ def _eager_mask(dz: Tensor, y: Tensor, scale: Tensor | None, shift: Tensor | Non
 def _eager_affine_act_backward(
     dz: Tensor, z: Tensor, y: Tensor, mean: Tensor, residual: Tensor | None = None, rmean: Tensor | None = None
 ) -> tuple[Tensor, ...]:
+    if z.dtype == torch.uint8:
+        bits = torch.stack([(z >> i) & 1 for i in range(8)], -1).flatten(3)[..., : dz.shape[1]]
+        z = bits.permute(0, 3, 1, 2).to(dz.dtype)
     g = torch.ops.aten.threshold_backward(dz, z, 0)
     if residual is None or rmean is None:
         return (g, *_eager_sums(g, y, mean), torch.zeros_like(mean))
@@ -170,15 +209,54 @@ def _eager_bn_backward_apply(
     return _affine(g, a, torch.zeros_like(a)) + _affine(y, b, c, mean)
 
 
+def _eager_bn_backward_finalize(sum_g: Tensor, sum_gy: Tensor, rstd: Tensor, scale: Tensor, n: float) -> Any:
+    dgamma = sum_gy * rstd
+    if n == 0:
+        return torch.zeros_like(scale), torch.zeros_like(scale), dgamma
+    return -scale * rstd * dgamma / n, -scale * sum_g / n, dgamma
+
+
+def _eager_affine_act_maxpool(y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """The index by unfolding: which of nine comes first."""
+    full = _eager_affine_act(y, scale, shift)
+    n, k, h, w = full.shape
+    p, q = (h - 1) // 2 + 1, (w - 1) // 2 + 1
+    windows = F.pad(full, (1, 1, 1, 1), value=-torch.inf).unfold(2, 3, 2).unfold(3, 3, 2).reshape(n, k, p, q, 9)
+    z, index = windows.max(-1)
+    return z, index.masked_fill(z <= 0, 9).to(torch.uint8)
+
+
+def _eager_unpool(dz: Tensor, index: Tensor, y: Tensor) -> Tensor:
+    w, (p, q) = y.shape[3], dz.shape[2:]
+    row = 2 * torch.arange(p, device=y.device).view(-1, 1) - 1 + index.long() // 3
+    flat = row * w + 2 * torch.arange(q, device=y.device) - 1 + index.long() % 3
+    blocked = index == 9
+    flat, dz = flat.masked_fill(blocked, 0), dz.masked_fill(blocked, 0).contiguous()
+    y = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # max_pool2d's backward looks at its size
+    return torch.ops.aten.max_pool2d_with_indices_backward(
+        dz, y, [3, 3], [2, 2], [1, 1], [1, 1], False, flat.contiguous()
+    )
+
+
+def _eager_maxpool_backward_sums(dz: Tensor, index: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
+    return _eager_sums(_eager_unpool(dz, index, y), y, mean)
+
+
+def _eager_maxpool_backward_apply(
+    dz: Tensor, index: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor
+) -> Tensor:
+    return _eager_bn_backward_apply(_eager_unpool(dz, index, y), y, mean, a, b, c)
+
+
 def _eager_activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return x if scale is None or shift is None else _eager_affine_act(x, scale, shift)
 
 
 def _eager_conv_stats(
-    x: Tensor, w: Tensor, *geometry: Any, scale: Tensor | None = None, shift: Tensor | None = None
+    x: Tensor, w: Tensor, *geometry: Any, scale: Tensor | None = None, shift: Tensor | None = None, **norm: Any
 ) -> tuple[Tensor, ...]:
     y = F.conv2d(_eager_activation(x, scale, shift), w, None, *geometry)
-    return (y, *_eager_bn_stats(y))
+    return (y, *_eager_bn_stats(y, **norm))
 
 
 def _eager_conv_dgrad(g: Tensor, w: Tensor, input_size: list[int], *geometry: Any, **lazy: Tensor) -> Tensor:
@@ -199,6 +277,43 @@ def _eager_conv_wgrad(
     return torch.nn.grad.conv2d_weight(_eager_activation(x, scale, shift), weight_size, dy, *geometry)
 
 
+def _eager_conv_backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    *geometry: Any,
+    needs_x: bool,
+    needs_w: bool,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gscale: Tensor | None = None,
+    gshift: Tensor | None = None,
+    residual: Tensor | None = None,
+    **lazy: Tensor,
+) -> tuple[Tensor, Tensor]:
+    assert needs_x and needs_w
+    dy = _eager_bn_backward_apply(g, **lazy, scale=gscale, shift=gshift) if lazy else g
+    dx = torch.nn.grad.conv2d_input(x.shape, w, dy, *geometry)
+    dx = dx if residual is None else dx + residual
+    return dx, _eager_conv_wgrad(dy, x, list(w.shape), *geometry, scale=scale, shift=shift)
+
+
+def _eager_conv_backward_sums(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    *geometry: Any,
+    needs_w: bool,
+    xmean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    **lazy: Tensor,
+) -> tuple[Tensor, ...]:
+    dx, dw = _eager_conv_backward(g, x, w, *geometry, needs_x=True, needs_w=needs_w, scale=scale, shift=shift, **lazy)
+    dx = _eager_mask(dx, x, scale, shift)
+    return (dx, dw, *_eager_sums(dx, x, xmean))
+
+
 def _eager_conv_affine_act(
     x: Tensor,
     w: Tensor,
@@ -214,13 +329,21 @@ def _eager_conv_affine_act(
 
 _EAGER: dict[str, Callable[..., Any]] = {
     "bn_stats": _eager_bn_stats,
+    "bn_finalize": _eager_bn_finalize,
     "affine_act": _eager_affine_act,
+    "affine_act_mask": _eager_affine_act_mask,
     "affine_act_backward": _eager_affine_act_backward,
     "bn_backward_sums": _eager_bn_backward_sums,
+    "bn_backward_finalize": _eager_bn_backward_finalize,
     "bn_backward_apply": _eager_bn_backward_apply,
+    "affine_act_maxpool": _eager_affine_act_maxpool,
+    "maxpool_backward_sums": _eager_maxpool_backward_sums,
+    "maxpool_backward_apply": _eager_maxpool_backward_apply,
     "conv_stats": _eager_conv_stats,
     "conv_dgrad": _eager_conv_dgrad,
     "conv_wgrad": _eager_conv_wgrad,
+    "conv_backward": _eager_conv_backward,
+    "conv_backward_sums": _eager_conv_backward_sums,
     "conv_affine_act": _eager_conv_affine_act,
 }
 
@@ -239,8 +362,41 @@ def eager(op: str, kwargs: Kwargs) -> Any:
 
 def run(op: str, kwargs: Kwargs, backend_name: str) -> Any:
     """The op on that backend, and on no other."""
+    if backend_name == "cuda_on_cpu":
+        return cuda_on_cpu.run(op, kwargs)
     with use_backend(backend_name):
         return OPS[op](**kwargs)
+
+
+def _check_mask(kwargs: Kwargs, z: Tensor, mask: Tensor) -> None:
+    """The mask is that of the z beside it."""
+    one = torch.ones(z.shape[1], device=z.device)
+    assert_same_bits(mask, OPS["affine_act_mask"].definition(z, one, 0 * one)[1])
+    assert mask.is_contiguous()
+
+
+def _check_index(kwargs: Kwargs, z: Tensor, index: Tensor) -> None:
+    """Each index points at a value that, rounded, is the z beside it; those before it in the window are less."""
+    y, scale, shift = kwargs["y"], kwargs["scale"], kwargs["shift"]
+    assert index.is_contiguous(memory_format=torch.channels_last) and index.shape == z.shape
+    assert torch.equal(index == 9, z <= 0)
+    exact = torch.relu(to_float64(y) * to_float64(scale).view(1, -1, 1, 1) + to_float64(shift).view(1, -1, 1, 1))
+    size = F.pad(exact, (1, 1, 1, 1), value=-torch.inf).unfold(2, 3, 2).unfold(3, 3, 2)
+    windows = size.reshape(*z.shape, 9)
+    there = index.long() != 9
+    chosen = windows.gather(-1, index.long().masked_fill(~there, 0).unsqueeze(-1))
+    # The multiply-add may round once or twice, and the store once more.
+    largest = (to_float64(y).abs() * to_float64(scale).abs().view(1, -1, 1, 1)).amax() + to_float64(shift).abs().amax()
+    slack = torch.finfo(y.dtype).eps * chosen.abs() + 4 * torch.finfo(torch.float32).eps * largest
+    best = windows.amax(-1, keepdim=True)
+    assert ((best - chosen <= slack).squeeze(-1) | ~there).all(), "index: another value of the window is larger"
+    earlier = torch.arange(9, device=y.device) < index.long().unsqueeze(-1)
+    tied = (windows > chosen + slack) & earlier
+    assert not (tied & there.unsqueeze(-1)).any()
+
+
+#: Of ops with an integer beside z: what must hold between the two. z itself obeys the rule.
+_BESIDES: dict[str, Callable[..., None]] = {"affine_act_mask": _check_mask, "affine_act_maxpool": _check_index}
 
 
 def check(op: str, kwargs: Kwargs, backend_name: str) -> None:
@@ -252,31 +408,38 @@ def check(op: str, kwargs: Kwargs, backend_name: str) -> None:
         return
     # A second way in which plain torch may round; the definitions themselves are judged by eager torch alone.
     again = None if backend_name == "torch" else OPS[op].definition(**kwargs)
-    assert_all_close(ours, ref64, eager(op, kwargs), op, again)
+    torchs = eager(op, kwargs)
+    if op in _BESIDES:
+        _BESIDES[op](kwargs, *ours)
+        ours, ref64, torchs, again = (t and t[0] for t in (ours, ref64, torchs, again))
+    assert_all_close(ours, ref64, torchs, op, again)
     if first.dim() == 4:
         z = ours if isinstance(ours, Tensor) else ours[0]
         assert z.is_contiguous(memory_format=torch.channels_last), f"{op}: strides {z.stride()}"
 
 
 def assert_empty(ours: Any, ref64: Any) -> None:
-    """Of an empty batch: the right shapes, and statistics, sums and gradients of 0."""
+    """Of an empty batch: the right shapes, statistics of 0 and what follows from them, sums and gradients of 0."""
     ours, ref64 = ((t,) if isinstance(t, Tensor) else t for t in (ours, ref64))
     for a, b in zip(ours, ref64, strict=True):
         assert a.shape == b.shape
-        assert torch.equal(a.double(), b) and not b.any()
+        torch.testing.assert_close(a.to(b.dtype), b, rtol=1e-6, atol=0)
+        assert b.isfinite().all()
 
 
 def backends(op: str, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Any]:
     """Parameters (backend, device, dtype) for every backend that has the op; skipped, and why, where it cannot."""
     parameters = []
-    for name in ("native", "onednn", "cudnn", "torch"):
+    for name in (*BACKENDS, "cuda_on_cpu", "torch"):
         for device in ("cpu", "cuda"):
             if _never(name, op, device):
                 continue
             for dtype in dtypes:
                 marks = [pytest.mark.gpu] if device == "cuda" else []
                 if (device == "cpu" or torch.cuda.is_available()) and (
-                    reason := reasons(op, torch.device(device), dtype)[name]
+                    reason := cuda_on_cpu.why_not()
+                    if name == "cuda_on_cpu"
+                    else reasons(op, torch.device(device), dtype)[name]
                 ):
                     marks.append(pytest.mark.skip(reason=f"{name}: {reason}"))
                 parameters.append(
@@ -289,10 +452,12 @@ def _never(name: str, op: str, device: str) -> bool:
     """Whether that backend has no such op on any machine."""
     if name == "torch":
         return False
-    if (name, device) in (("onednn", "cuda"), ("cudnn", "cpu")):
+    if (name, device) in (("onednn", "cuda"), ("cudnn", "cpu"), ("cuda_on_cpu", "cuda")):
         return True
+    if (name, device) == ("triton", "cpu") and torch.cuda.is_available():
+        return True  # kernels are compiled or interpreted, not both in one process
     try:
-        return not hasattr(backend(name), op)
+        return not hasattr(backend("native" if name == "cuda_on_cpu" else name), op)
     except ImportError:  # reasons() says why
         return False
 

@@ -11,6 +11,7 @@ struct Isa {
   const char* name;
   bool (*supported)();
   const BnAct* bn_act;
+  const Stem* stem;
 };
 
 #if defined(__x86_64__)
@@ -28,10 +29,10 @@ bool has_avx512() {
 // Best first.
 const Isa ISAS[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, &avx512::bn_act},
-    {"avx2", has_avx2, &avx2::bn_act},
+    {"avx512", has_avx512, &avx512::bn_act, &avx512::stem},
+    {"avx2", has_avx2, &avx2::bn_act, &avx2::stem},
 #endif
-    {"baseline", [] { return true; }, &baseline::bn_act},
+    {"baseline", [] { return true; }, &baseline::bn_act, &baseline::stem},
 };
 
 const Isa& choose() {
@@ -49,6 +50,7 @@ const Isa& chosen() {
 }
 
 const BnAct& ops() { return *chosen().bn_act; }
+const Stem& stem() { return *chosen().stem; }
 
 }  // namespace
 
@@ -56,9 +58,16 @@ const char* isa() { return chosen().name; }
 
 int64_t bn_workspace(int64_t npq, int64_t k) { return ops().bn_workspace(npq, k); }
 void bn_stats(const BnStats& args) { ops().bn_stats(args); }
+void bn_finalize(const BnFinalize& args) { ops().bn_finalize(args); }
 void affine_act(const AffineAct& args) { ops().affine_act(args); }
 void affine_act_backward(const AffineActBackward& args) { ops().affine_act_backward(args); }
 void bn_backward_sums(const BnBackwardSums& args) { ops().bn_backward_sums(args); }
+void bn_backward_finalize(const BnBackwardFinalize& args) { ops().bn_backward_finalize(args); }
 void bn_backward_apply(const BnBackwardApply& args) { ops().bn_backward_apply(args); }
+void affine_act_maxpool(const AffineActMaxpool& args) { stem().affine_act_maxpool(args); }
+void maxpool_backward_sums(const MaxpoolBackwardSums& args) { stem().maxpool_backward_sums(args); }
+void maxpool_backward_apply(const MaxpoolBackwardApply& args) {
+  stem().maxpool_backward_apply(args);
+}
 
 }  // namespace resnet_fast::cpu

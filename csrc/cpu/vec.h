@@ -26,6 +26,7 @@ constexpr int LANES = 4;
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));
+typedef uint8_t VecByte __attribute__((vector_size(LANES)));
 
 /// Which lanes a load or a store touches: all of them, or the first n (a row's tail).
 struct All {};
@@ -194,5 +195,112 @@ RESNET_FAST_INLINE void store(Half* p, Vec value, First lanes) {
 }
 
 #endif
+
+/// The value as its storage type keeps it.
+RESNET_FAST_INLINE Vec as_stored(Vec value, float) { return value; }
+
+template <class Half>
+RESNET_FAST_INLINE Vec as_stored(Vec value, Half) {
+  return widen(narrow(value, Half{}), Half{});
+}
+
+// Masks: a row of ceil(k / 8) bytes, bit i of byte j for channel 8 * j + i.
+
+/// Bit i is set where a gradient passes lane i: where the gate is > 0 or NaN.
+RESNET_FAST_INLINE uint32_t active_bits(Vec gate) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(gate, Vec{}, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(gate, Vec{}, _CMP_NLE_UQ)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= (gate[i] <= 0 ? 0u : 1u) << i;
+  return bits;
+#endif
+}
+
+/// value where the lane's bit is set, else 0.
+RESNET_FAST_INLINE Vec where_bits(uint32_t bits, Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), value);
+#else
+  VecBits lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = 1u << i;
+  return ((VecBits{} + bits) & lane) != 0 ? value : Vec{};
+#endif
+}
+
+/// The bits of a whole vector from `channel` on, or of a row's tail.
+RESNET_FAST_INLINE uint32_t load_mask(const uint8_t* row, int64_t channel, All) {
+  const uint8_t* p = row + channel / 8;
+  if constexpr (LANES == 16) return load_bits<uint16_t>(p);
+  return LANES == 8 ? *p : *p >> channel % 8;
+}
+
+RESNET_FAST_INLINE uint32_t load_mask(const uint8_t* row, int64_t channel, First lanes) {
+  uint32_t bits = 0;
+  for (int i = 0; i < lanes.n; i += 8) bits |= uint32_t{row[(channel + i) / 8]} << i;
+  return LANES == 4 ? bits >> channel % 8 : bits;
+}
+
+/// Sets them; vectors must come in order of channels: where one is half a byte, the first of the
+/// two clears the other's half.
+RESNET_FAST_INLINE void store_mask(uint8_t* row, int64_t channel, uint32_t bits, All) {
+  uint8_t* p = row + channel / 8;
+  if constexpr (LANES == 16) {
+    store_bits(p, static_cast<uint16_t>(bits));
+  } else {
+    *p = static_cast<uint8_t>(channel % 8 == 0 ? bits : *p | bits << channel % 8);
+  }
+}
+
+RESNET_FAST_INLINE void store_mask(uint8_t* row, int64_t channel, uint32_t bits, First lanes) {
+  bits &= (1u << lanes.n) - 1;
+  if (LANES == 4) return store_mask(row, channel, bits, All{});
+  for (int i = 0; i < lanes.n; i += 8) {
+    row[(channel + i) / 8] = static_cast<uint8_t>(bits >> i);
+  }
+}
+
+// Bytes, one to a lane.
+
+RESNET_FAST_INLINE VecBits load_bytes(const uint8_t* p, All) {
+#if defined(__AVX512F__)
+  return (VecBits)_mm512_maskz_cvtepu8_epi32(ALL_LANES, load_bits<__m128i>(p));
+#elif defined(__AVX2__)
+  return (VecBits)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load_bits<int64_t>(p)));
+#else
+  return __builtin_convertvector(load_bits<VecByte>(p), VecBits);
+#endif
+}
+
+RESNET_FAST_INLINE VecBits load_bytes(const uint8_t* p, First lanes) {
+  VecBits value{};
+  for (int i = 0; i < lanes.n; ++i) value[i] = p[i];
+  return value;
+}
+
+RESNET_FAST_INLINE void store_bytes(uint8_t* p, VecBits value, All) {
+#if defined(__AVX512F__)
+  store_bits(p, _mm512_maskz_cvtepi32_epi8(ALL_LANES, (__m512i)value));
+#else
+  store_bits(p, __builtin_convertvector(value, VecByte));
+#endif
+}
+
+RESNET_FAST_INLINE void store_bytes(uint8_t* p, VecBits value, First lanes) {
+  for (int i = 0; i < lanes.n; ++i) p[i] = static_cast<uint8_t>(value[i]);
+}
+
+/// The larger of two unsigned integers.
+RESNET_FAST_INLINE VecBits larger(VecBits a, VecBits b) {
+#if defined(__AVX512F__)
+  return (VecBits)_mm512_maskz_max_epu32(ALL_LANES, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (VecBits)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 }  // namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE

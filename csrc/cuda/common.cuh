@@ -1,8 +1,8 @@
-// What every kernel here shares: launching, storage types, vectors of channels, and the way a block
-// covers a channels-last matrix.
+// What every kernel here shares: launching, storage types, vectors of channels, the activation, and
+// the way a block covers a channels-last matrix.
 //
-// Nothing below uses <<<>>>, PTX or warp intrinsics: a kernel is a function, launched through
-// launch(), and its threads meet only at __syncthreads(). So it can also run on a CPU.
+// Nothing below uses <<<>>> or PTX: a kernel is a function, launched through launch(), and its
+// threads meet only at __syncthreads() and shuffles. So it can also run on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -65,7 +65,11 @@ void visit_device(DType dtype, F&& f) {
 }
 
 __device__ inline float load_float(float value) { return value; }
-__device__ inline float load_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float load_float(__nv_bfloat16 value) {
+  uint16_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return __uint_as_float(uint32_t{bits} << 16);
+}
 __device__ inline float load_float(__half value) { return __half2float(value); }
 
 __device__ inline void store_float(float& to, float value) { to = value; }
@@ -80,14 +84,30 @@ struct alignas(sizeof(T) * N) Pack {
   T value[N];
 };
 
+/// What moves so many bytes in one instruction.
+template <size_t BYTES>
+using Vector = std::conditional_t<
+    BYTES == 16, uint4,
+    std::conditional_t<BYTES == 8, uint2,
+                       std::conditional_t<BYTES == 4, uint32_t,
+                                          std::conditional_t<BYTES == 2, uint16_t, uint8_t>>>>;
+
 template <int N, class T>
 __device__ inline Pack<T, N> load_pack(const T* p) {
-  return *reinterpret_cast<const Pack<T, N>*>(p);
+  using V = Vector<sizeof(Pack<T, N>)>;
+  const V vector = *reinterpret_cast<const V*>(p);
+  Pack<T, N> pack;
+  memcpy(&pack, &vector, sizeof pack);
+  return pack;
 }
 
 template <class T, int N>
 __device__ inline void store_pack(T* p, const Pack<T, N>& pack) {
-  *reinterpret_cast<Pack<T, N>*>(p) = pack;
+  using V = Vector<sizeof pack>;
+  V vector;
+  memcpy(&vector, &pack, sizeof pack);
+  // As every store goes to L2. An assignment here becomes several stores of 4 bytes each.
+  __stcg(reinterpret_cast<V*>(p), vector);
 }
 
 /// Channels a thread moves at once when all is aligned: 16 bytes of them.
@@ -100,9 +120,37 @@ bool aligned(int64_t k, Pointers... pointers) {
   return k % 8 == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
+/// Calls f(width) with the channels a thread moves at once: WIDE<T> as a constant if allowed, or 1.
+template <class T, class F>
+void visit_width(bool wide, F f) {
+  if (wide) {
+    f(std::integral_constant<int, WIDE<T>>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
+
+// ---- The activation
+
+/// y * scale + shift, rounded once. Forward and backward must agree bit for bit on which side of
+/// zero it lies, so all come here.
+__device__ inline float affine(float y, float scale, float shift) {
+  return __fmaf_rn(y, scale, shift);
+}
+
+/// max(value, 0), NaN kept.
+__device__ inline float relu(float value) { return value < 0.0f ? 0.0f : value; }
+
+/// Whether a gradient passes where the activation is `z`: z > 0 or NaN, torch's
+/// threshold_backward.
+__device__ inline bool passes(float z) { return !(z <= 0.0f); }
+
 // ---- How a block covers a channels-last matrix
 
 constexpr int THREADS = 256;
+// Elementwise: enough blocks to fill any GPU several times, few enough that loading what is per
+// channel costs little.
+constexpr int64_t ELEMENTWISE_BLOCKS = 4096;
 
 /// A block of threads as `lanes` wide along channels, a power of two, and THREADS / lanes rows
 /// deep. Each thread keeps to its channels and walks down the rows: what is per channel is loaded
@@ -111,7 +159,7 @@ struct Layout {
   int lanes;
   unsigned channel_blocks;
 
-  Layout(int64_t k, int width) : lanes(1) {
+  Layout(int64_t k, int width, int min_lanes = 1) : lanes(min_lanes) {
     while (lanes < 32 && lanes * width < k) lanes *= 2;
     channel_blocks = static_cast<unsigned>(cdiv(k, int64_t{lanes} * width));
   }
@@ -139,22 +187,30 @@ __device__ inline Place place(int64_t npq, int64_t block_npq, unsigned channel_b
           (channel_block * blockDim.x + threadIdx.x) * WIDTH};
 }
 
-/// Calls body on UNROLL rows at a time, as body.load(offset) and body(offset, loaded): the loads of
-/// a batch are all under way before the first result is used or stored.
+/// Rows of an elementwise block: whole batches of `unroll` a thread, in few enough blocks.
+inline int64_t elementwise_rows(int64_t npq, const Layout& layout, int unroll) {
+  const int64_t batch = int64_t{layout.rows()} * unroll;
+  const int64_t blocks = cdiv(ELEMENTWISE_BLOCKS, layout.channel_blocks);
+  return cdiv(cdiv(npq, blocks), batch) * batch;
+}
+
+/// Calls body on UNROLL rows at a time, as body.load(row, offset) and body(row, offset, loaded),
+/// offset = row * k + channel: the loads of a batch are all under way before the first result is
+/// used or stored.
 template <int UNROLL, class Body>
 __device__ inline void for_each_row(const Place& at, int64_t k, Body& body) {
   const int64_t step = blockDim.y;
   for (int64_t row = at.first_row; row < at.last_row; row += UNROLL * step) {
-    decltype(body.load(int64_t{})) loaded[UNROLL];
+    decltype(body.load(int64_t{}, int64_t{})) loaded[UNROLL];
 #pragma unroll
     for (int i = 0; i < UNROLL; ++i) {
       const int64_t r = row + i * step;
-      if (r < at.last_row) loaded[i] = body.load(r * k + at.channel);
+      if (r < at.last_row) loaded[i] = body.load(r, r * k + at.channel);
     }
 #pragma unroll
     for (int i = 0; i < UNROLL; ++i) {
       const int64_t r = row + i * step;
-      if (r < at.last_row) body(r * k + at.channel, loaded[i]);
+      if (r < at.last_row) body(r, r * k + at.channel, loaded[i]);
     }
   }
 }
@@ -171,27 +227,5 @@ struct Channels {
 
   __device__ float operator[](int i) const { return value[i]; }
 };
-
-/// Sums `value` over the rows of the block, in a fixed order; every thread gets its channels' sum.
-/// All threads of the block must call it.
-template <int WIDTH>
-__device__ inline void sum_rows(float (&value)[WIDTH]) {
-  __shared__ float shared[WIDTH][THREADS];
-  const int lanes = blockDim.x;
-  const int thread = threadIdx.y * lanes + threadIdx.x;
-#pragma unroll
-  for (int i = 0; i < WIDTH; ++i) shared[i][thread] = value[i];
-  __syncthreads();
-  for (int rows = blockDim.y / 2; rows > 0; rows /= 2) {
-    if (threadIdx.y < rows) {
-#pragma unroll
-      for (int i = 0; i < WIDTH; ++i) shared[i][thread] += shared[i][thread + rows * lanes];
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int i = 0; i < WIDTH; ++i) value[i] = shared[i][threadIdx.x];
-  __syncthreads();  // the next call writes here again
-}
 
 }  // namespace resnet_fast::cuda

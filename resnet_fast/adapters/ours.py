@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .common import Adapter, BlockPlan, HostPlan, Part
-from .torchvision import BASIC, STEM, basic, bottleneck
+from .torchvision import BASIC, CHAIN, STEM, basic, bottleneck
 
 
 def plain(block: Any) -> BlockPlan:
@@ -16,7 +16,7 @@ def plain(block: Any) -> BlockPlan:
 
 
 def _forward(net: Any, x: Tensor, part: Part) -> Tensor:
-    x = net.maxpool(part(0, x))
+    x = part(0, x)
     x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
     return net.fc(torch.flatten(net.avgpool(x), 1))
 
@@ -31,7 +31,7 @@ def stem(net: Any) -> HostPlan:
 
 
 def cifar_stem(net: Any) -> HostPlan:
-    return HostPlan("stem", (STEM,), "forward", _forward_cifar)
+    return HostPlan("stem", (BlockPlan("stem", CHAIN),), "forward", _forward_cifar)
 
 
 _HOME = "resnet_fast.models"

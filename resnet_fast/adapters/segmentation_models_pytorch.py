@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .common import Adapter, HostPlan, Part, text_of
-from .torchvision import STEM
+from .common import Adapter, BlockPlan, HostPlan, Part, text_of
+from .torchvision import CHAIN
 
 
 def _forward(net: Any, x: Tensor, part: Part) -> list[Tensor]:
@@ -28,7 +28,7 @@ def _forward(net: Any, x: Tensor, part: Part) -> list[Tensor]:
 def stem(net: Any) -> HostPlan | str:
     if text_of(type(net).forward) not in ("917bd0edc8b9002a",):
         return "this ResNetEncoder.forward is not the one that is known here; the stem runs as it is"
-    return HostPlan("stem", (STEM,), "forward", _forward)
+    return HostPlan("stem", (BlockPlan("stem", CHAIN),), "forward", _forward)
 
 
 ADAPTERS: dict[str, Adapter] = {"segmentation_models_pytorch.encoders.resnet.ResNetEncoder": stem}

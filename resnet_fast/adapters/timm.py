@@ -36,7 +36,7 @@ def bottleneck(block: Any) -> BlockPlan | str:
 def _forward(net: Any, x: Tensor, part: Part) -> Tensor:
     if net.grad_checkpointing:
         raise Refusal("grad_checkpointing is on, which runs the stages in its own way")
-    x = net.maxpool(part(0, x))
+    x = part(0, x)
     return net.layer4(net.layer3(net.layer2(net.layer1(x))))
 
 
@@ -50,7 +50,7 @@ def stem(net: Any) -> HostPlan | str:
         layers = (*deep, ConvBnPath(f"conv1.{names[6]}", "bn1", "act1"))
     else:
         layers = (ConvBnPath("conv1", "bn1", "act1"),)
-    return HostPlan("stem", (BlockPlan("stem", layers),), "forward_features", _forward)
+    return HostPlan("stem", (BlockPlan("stem", layers, pool="maxpool"),), "forward_features", _forward)
 
 
 ADAPTERS: dict[str, Adapter] = {

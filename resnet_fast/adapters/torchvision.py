@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Part, shortcut, text_of
 
-STEM = BlockPlan("stem", (ConvBnPath("conv1", "bn1", "relu"),))
+CHAIN = (ConvBnPath("conv1", "bn1", "relu"),)
+STEM = BlockPlan("stem", CHAIN, pool="maxpool")
 BASIC = tuple(ConvBnPath(f"conv{i}", f"bn{i}", "relu") for i in (1, 2))
 BOTTLENECK = tuple(ConvBnPath(f"conv{i}", f"bn{i}", "relu") for i in (1, 2, 3))
 
@@ -23,7 +24,7 @@ def bottleneck(block: Any) -> BlockPlan:
 
 
 def _forward(net: Any, x: Tensor, part: Part) -> Tensor:
-    x = net.maxpool(part(0, x))
+    x = part(0, x)
     x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
     return net.fc(torch.flatten(net.avgpool(x), 1))
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast import _C
+from resnet_fast import _C, buffers
+from resnet_fast.backends import library
 
 _DTYPES = {
     torch.float32: _C.DType.float32,
@@ -85,50 +86,43 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return f"device type {device.type} (supported: cpu, cuda)"
 
 
-def _module(device: torch.device) -> Any:
-    return _C.cpu if device.type == "cpu" else _C.cuda
-
-
-def _stream(device: torch.device) -> int:
-    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
-
-
-def _call(function: Any, device: torch.device, **arguments: Any) -> None:
-    """Launch on the device's current stream. Tensors are passed by address, None as 0."""
-    addresses = {k: v.data_ptr() if isinstance(v, Tensor) else 0 if v is None else v for k, v in arguments.items()}
+def _launch(op: str, device: torch.device, **operands: Any) -> None:
+    """Run a kernel, on a GPU on the device's current stream. Tensors go by address, None as 0."""
     if device.type == "cpu":
-        function(**addresses, stream=0)
+        getattr(_C.cpu, op)(**operands)
         return
     with torch.cuda.device(device):
-        function(**addresses, stream=_stream(device))
+        getattr(_C.cuda, op)(**operands, stream=torch.cuda.current_stream(device).cuda_stream)
 
 
 def _matrix(name: str, t: Tensor, like: Tensor | None = None) -> Tensor:
     """``t`` (N, K, P, Q) laid out as the kernels read it: a dense (NPQ, K) matrix. Checked against ``like``."""
-    if t.dim() != 4:
-        raise ValueError(f"{name}: found {t.dim()} dimensions, supported are 4 (N, C, H, W)")
-    if like is not None and (t.shape != like.shape or t.dtype != like.dtype or t.device != like.device):
-        raise ValueError(
-            f"{name}: found {tuple(t.shape)} {t.dtype} on {t.device}, expected "
-            f"{tuple(like.shape)} {like.dtype} on {like.device}"
-        )
+    if like is None:
+        if t.dim() != 4:
+            raise ValueError(f"{name}: found {t.dim()} dimensions, supported are 4 (N, C, H, W)")
+    elif t.shape != like.shape or t.dtype != like.dtype or t.device != like.device:
+        raise _unlike(name, t, like.shape, like.dtype, like.device)
     return t.contiguous(memory_format=CHANNELS_LAST)
 
 
-def _vector(name: str, v: Tensor | None, y: Tensor) -> Tensor | None:
-    """``v`` (K,) as dense float32 on the device of ``y``, or None."""
-    if v is None:
-        return None
-    if v.shape != (y.shape[1],) or v.device != y.device:
-        raise ValueError(f"{name}: found {tuple(v.shape)} on {v.device}, expected ({y.shape[1]},) on {y.device}")
-    return v.to(torch.float32).contiguous()
+def _unlike(name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> ValueError:
+    types = ("", "") if dtype is None else (f" {t.dtype}", f" {dtype}")
+    return ValueError(
+        f"{name}: found {tuple(t.shape)}{types[0]} on {t.device}, expected {tuple(shape)}{types[1]} on {device}"
+    )
 
 
-def _affine(y: Tensor, scale: Tensor | None, shift: Tensor | None, prefix: str = "") -> dict[str, Tensor | None]:
-    """An optional affine's vectors as arguments: both or, as in the definitions, neither."""
-    if scale is None or shift is None:
-        scale = shift = None
-    return {f"{prefix}{name}": _vector(f"{prefix}{name}", v, y) for name, v in (("scale", scale), ("shift", shift))}
+def _dense(y: Tensor, **vectors: Tensor | None) -> dict[str, Tensor | None]:
+    """Vectors (K,) of the channels of ``y`` (N, K, P, Q) or (T, K) as dense float32; None stays None."""
+    size, device = y.shape[1:2], y.device
+    for name, v in vectors.items():
+        if v is None:
+            continue
+        if v.shape != size or v.device != device:
+            raise _unlike(name, v, size, None, device)
+        if v.dtype is not torch.float32 or not v.is_contiguous():
+            vectors[name] = v.to(torch.float32).contiguous()
+    return vectors
 
 
 def _size(y: Tensor) -> dict[str, Any]:
@@ -136,18 +130,29 @@ def _size(y: Tensor) -> dict[str, Any]:
     return {"npq": n * p * q, "k": k, "dtype": _DTYPES[y.dtype]}
 
 
-def _empty_like(y: Tensor) -> Tensor:
-    return torch.empty_like(y, memory_format=CHANNELS_LAST)
+def _image_size(y: Tensor) -> dict[str, Any]:
+    n, k, h, w = y.shape
+    return {"n": n, "h": h, "w": w, "k": k, "dtype": _DTYPES[y.dtype]}
 
 
-def _vectors(y: Tensor, count: int) -> tuple[Tensor, ...]:
+def _empty(size: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
+    """An image of ``size``, in the dtype and on the device of ``like``, in kept memory where that pays."""
+    kept = buffers.empty(size, like.dtype, buffers.TRAINING) if like.device.type == "cpu" else None
+    if kept is not None:
+        return kept
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=CHANNELS_LAST)
+
+
+def _vectors(y: Tensor, count: int) -> list[Tensor]:
     """``count`` uninitialised (K,) float32 vectors, each an allocation of its own: ops may not return views."""
-    return tuple(y.new_empty(y.shape[1], dtype=torch.float32) for _ in range(count))
+    k, device = y.shape[1], y.device
+    return [torch.empty(k, dtype=torch.float32, device=device) for _ in range(count)]
 
 
 def _workspace(y: Tensor) -> Tensor:
-    size = _size(y)
-    return y.new_empty(_module(y.device).bn_workspace(npq=size["npq"], k=size["k"]), dtype=torch.float32)
+    n, k, p, q = y.shape
+    module = _C.cpu if y.device.type == "cpu" else _C.cuda
+    return torch.empty(module.bn_workspace(npq=n * p * q, k=k), dtype=torch.float32, device=y.device)
 
 
 #: Bytes between two sampled words of a weight: every word sampled is a page missed by the TLB (docs/conv.md, entry 3).
@@ -186,11 +191,88 @@ def fingerprint(tensors: Sequence[Tensor]) -> int:
 # ---- row bn_act -------------------------------------------------------------------------------------------------
 
 
-def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+def bn_stats(
+    y: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y = _matrix("y", y)
-    mean, var = _vectors(y, 2)
-    _call(_module(y.device).bn_stats, y.device, y=y, mean=mean, var=var, workspace=_workspace(y), **_size(y))
-    return mean, var
+    mean, var, rstd, scale, shift = _vectors(y, 5)
+    _launch(
+        "bn_stats",
+        y.device,
+        y=y,
+        **_dense(y, gamma=gamma, beta=beta),
+        mean=mean,
+        var=var,
+        rstd=rstd,
+        scale=scale,
+        shift=shift,
+        workspace=_workspace(y),
+        eps=eps,
+        **_size(y),
+    )
+    return mean, var, rstd, scale, shift
+
+
+def bn_finalize(
+    n: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if mean.dim() != 2:
+        raise ValueError(f"mean: found {mean.dim()} dimensions, supported are 2 (T, K)")
+    for name, t, size in (("n", n, mean.shape[:1]), ("var", var, mean.shape)):
+        if t.shape != size or t.device != mean.device:
+            raise _unlike(name, t, size, None, mean.device)
+    means = mean.to(torch.float32).contiguous()
+    mean, variance, rstd, scale, shift = _vectors(means, 5)
+    _launch(
+        "bn_finalize",
+        n.device,
+        n=n.to(torch.float32).contiguous(),
+        means=means,
+        vars=var.to(torch.float32).contiguous(),
+        **_dense(means, gamma=gamma, beta=beta),
+        mean=mean,
+        var=variance,
+        rstd=rstd,
+        scale=scale,
+        shift=shift,
+        parts=means.shape[0],
+        k=means.shape[1],
+        eps=eps,
+    )
+    return mean, variance, rstd, scale, shift
+
+
+def _affine_act(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    rscale: Tensor | None,
+    rshift: Tensor | None,
+    relu: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    """``affine_act``; ``y`` is channels-last already."""
+    if rscale is None or rshift is None:  # one alone is as none, as in the definition
+        rscale = rshift = None
+    z = _empty(y.shape, y)
+    _launch(
+        "affine_act",
+        y.device,
+        y=y,
+        **_dense(y, scale=scale, shift=shift, rscale=rscale, rshift=rshift),
+        residual=None if residual is None else _matrix("residual", residual, y),
+        z=z,
+        mask=mask,
+        relu=relu,
+        **_size(y),
+    )
+    return z
 
 
 def affine_act(
@@ -202,21 +284,31 @@ def affine_act(
     rshift: Tensor | None = None,
     relu: bool = True,
 ) -> Tensor:
+    return _affine_act(_matrix("y", y), scale, shift, residual, rscale, rshift, relu, None)
+
+
+def affine_act_mask(
+    y: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    rscale: Tensor | None = None,
+    rshift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     y = _matrix("y", y)
-    z = _empty_like(y)
-    _call(
-        _module(y.device).affine_act,
-        y.device,
-        y=y,
-        scale=_vector("scale", scale, y),
-        shift=_vector("shift", shift, y),
-        residual=None if residual is None else _matrix("residual", residual, y),
-        **_affine(y, rscale, rshift, "r"),
-        z=z,
-        relu=relu,
-        **_size(y),
-    )
-    return z
+    n, k, p, q = y.shape
+    mask = torch.empty((n, p, q, -(-k // 8)), dtype=torch.uint8, device=y.device)
+    return _affine_act(y, scale, shift, residual, rscale, rshift, True, mask), mask
+
+
+def _gate(z: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """z as an argument: the activation, or its mask."""
+    if z.dtype != torch.uint8:
+        return {"z": _matrix("z", z, y)}
+    n, k, p, q = y.shape
+    if z.shape != (n, p, q, -(-k // 8)) or z.device != y.device:
+        raise _unlike("z", z, (n, p, q, -(-k // 8)), torch.uint8, y.device)
+    return {"mask": z.contiguous()}
 
 
 def affine_act_backward(
@@ -228,24 +320,23 @@ def affine_act_backward(
     rmean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = _matrix("y", y)
-    g = _empty_like(y)
+    g = _empty(y.shape, y)
     sum_g, sum_gy, sum_gr = _vectors(y, 3)
     if residual is None or rmean is None:
         residual = rmean = None
         sum_gr.zero_()
-    _call(
-        _module(y.device).affine_act_backward,
+    _launch(
+        "affine_act_backward",
         y.device,
         dz=_matrix("dz", dz, y),
-        z=_matrix("z", z, y),
+        **_gate(z, y),
         y=y,
-        mean=_vector("mean", mean, y),
+        **_dense(y, mean=mean, rmean=rmean),
         ry=None if residual is None else _matrix("residual", residual, y),
-        rmean=_vector("rmean", rmean, y),
         g=g,
         sum_g=sum_g,
         sum_gy=sum_gy,
-        sum_gry=sum_gr,
+        sum_gry=None if rmean is None else sum_gr,
         workspace=_workspace(y),
         **_size(y),
     )
@@ -255,21 +346,42 @@ def affine_act_backward(
 def bn_backward_sums(
     dz: Tensor, y: Tensor, mean: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    if scale is None or shift is None:
+        scale = shift = None
     y = _matrix("y", y)
     sum_g, sum_gy = _vectors(y, 2)
-    _call(
-        _module(y.device).bn_backward_sums,
+    _launch(
+        "bn_backward_sums",
         y.device,
         dz=_matrix("dz", dz, y),
         y=y,
-        mean=_vector("mean", mean, y),
-        **_affine(y, scale, shift),
+        **_dense(y, mean=mean, scale=scale, shift=shift),
         sum_g=sum_g,
         sum_gy=sum_gy,
         workspace=_workspace(y),
         **_size(y),
     )
     return sum_g, sum_gy
+
+
+def bn_backward_finalize(
+    sum_g: Tensor, sum_gy: Tensor, rstd: Tensor, scale: Tensor, n: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if sum_g.dim() != 1:
+        raise ValueError(f"sum_g: found {sum_g.dim()} dimensions, supported is 1")
+    channels = sum_g.unsqueeze(0)
+    b, c, dgamma = _vectors(channels, 3)
+    _launch(
+        "bn_backward_finalize",
+        sum_g.device,
+        **_dense(channels, sum_g=sum_g, sum_gy=sum_gy, rstd=rstd, scale=scale),
+        b=b,
+        c=c,
+        dgamma=dgamma,
+        n=n,
+        k=sum_g.shape[0],
+    )
+    return b, c, dgamma
 
 
 def bn_backward_apply(
@@ -282,20 +394,86 @@ def bn_backward_apply(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
+    if scale is None or shift is None:
+        scale = shift = None
     y = _matrix("y", y)
-    dy = _empty_like(y)
-    _call(
-        _module(y.device).bn_backward_apply,
+    dy = _empty(y.shape, y)
+    _launch(
+        "bn_backward_apply",
         y.device,
         dz=_matrix("dz", dz, y),
         y=y,
-        mean=_vector("mean", mean, y),
-        a=_vector("a", a, y),
-        b=_vector("b", b, y),
-        c=_vector("c", c, y),
-        **_affine(y, scale, shift),
+        **_dense(y, mean=mean, a=a, b=b, c=c, scale=scale, shift=shift),
         dy=dy,
         **_size(y),
+    )
+    return dy
+
+
+# ---- row stem ---------------------------------------------------------------------------------------------------
+
+
+def affine_act_maxpool(y: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    y = _matrix("y", y)
+    n, k, h, w = y.shape
+    size, device = (n, k, (h + 1) // 2, (w + 1) // 2), y.device
+    z = _empty(size, y)
+    index = torch.empty(size, dtype=torch.uint8, device=device, memory_format=CHANNELS_LAST)
+    _launch(
+        "affine_act_maxpool",
+        device,
+        y=y,
+        **_dense(y, scale=scale, shift=shift),
+        z=z,
+        index=index,
+        **_image_size(y),
+    )
+    return z, index
+
+
+def _pooled(dz: Tensor, index: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """dz and index (N, K, P, Q) behind ``y`` (N, K, H, W), as arguments."""
+    n, k, h, w = y.shape
+    size = (n, k, (h + 1) // 2, (w + 1) // 2)
+    for name, t, dtype in (("dz", dz, y.dtype), ("index", index, torch.uint8)):
+        if t.shape != size or t.dtype != dtype or t.device != y.device:
+            raise _unlike(name, t, size, dtype, y.device)
+    return {
+        "dz": dz.contiguous(memory_format=CHANNELS_LAST),
+        "index": index.contiguous(memory_format=CHANNELS_LAST),
+    }
+
+
+def maxpool_backward_sums(dz: Tensor, index: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    y = _matrix("y", y)
+    sum_g, sum_gy = _vectors(y, 2)
+    _launch(
+        "maxpool_backward_sums",
+        y.device,
+        **_pooled(dz, index, y),
+        y=y,
+        **_dense(y, mean=mean),
+        sum_g=sum_g,
+        sum_gy=sum_gy,
+        workspace=_workspace(y),
+        **_image_size(y),
+    )
+    return sum_g, sum_gy
+
+
+def maxpool_backward_apply(
+    dz: Tensor, index: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor
+) -> Tensor:
+    y = _matrix("y", y)
+    dy = _empty(y.shape, y)
+    _launch(
+        "maxpool_backward_apply",
+        y.device,
+        **_pooled(dz, index, y),
+        y=y,
+        **_dense(y, mean=mean, a=a, b=b, c=c),
+        dy=dy,
+        **_image_size(y),
     )
     return dy
 
@@ -303,16 +481,40 @@ def bn_backward_apply(
 # ---- row conv: the library's convolution, our kernels around it -------------------------------------------------
 
 
-def _activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    return x if scale is None or shift is None else affine_act(x, scale, shift)
+@functools.cache
+def _arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the library convolves operands of ``dtype`` fastest: on a CPU without AMX tiles float32.
+
+    AVX-512's bfloat16 dot product is slower than its float32, and what lacks it emulates it (docs/conv.md, entry 4).
+    """
+    if device.type != "cpu" or dtype == torch.float32:
+        return dtype
+    supported = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}[dtype]
+    return dtype if getattr(torch.cpu, supported, lambda: False)() else torch.float32
+
+
+def _activation(x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """An activation, lazy or not, written out channels-last in ``dtype``."""
+    if scale is None or shift is None:
+        return x.to(dtype, memory_format=CHANNELS_LAST)
+    return affine_act(x, scale, shift).to(dtype)
 
 
 def _gradient(
-    g: Tensor, y: Tensor | None, mean: Tensor | None, a: Tensor | None, b: Tensor | None, c: Tensor | None
+    dtype: torch.dtype,
+    g: Tensor,
+    y: Tensor | None,
+    mean: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    gscale: Tensor | None = None,
+    gshift: Tensor | None = None,
 ) -> Tensor:
+    """A gradient, lazy or not, written out channels-last in ``dtype``."""
     if y is None or mean is None or a is None or b is None or c is None:
-        return g
-    return bn_backward_apply(g, y, mean, a, b, c)
+        return g.to(dtype, memory_format=CHANNELS_LAST)
+    return bn_backward_apply(g, y, mean, a, b, c, gscale, gshift).to(dtype)
 
 
 def conv_stats(
@@ -324,10 +526,13 @@ def conv_stats(
     groups: int,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = F.conv2d(_activation(x, scale, shift), w, None, stride, padding, dilation, groups)
-    y = y.contiguous(memory_format=CHANNELS_LAST)
-    return (y, *bn_stats(y))
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = _arithmetic(x.device, x.dtype)
+    y = library.conv(_activation(x, scale, shift, wide), w.to(wide), stride, padding, dilation, groups).to(x.dtype)
+    return (y, *bn_stats(y, gamma, beta, eps))
 
 
 def conv_dgrad(
@@ -344,13 +549,9 @@ def conv_dgrad(
     b: Tensor | None = None,
     c: Tensor | None = None,
 ) -> Tensor:
-    dy = _gradient(g, y, mean, a, b, c)
-    # The library looks at the input's size and layout alone; it must be channels-last for dx to be.
-    x = torch.empty(input_size, dtype=dy.dtype, device=dy.device, memory_format=CHANNELS_LAST)
-    dx = torch.ops.aten.convolution_backward(
-        dy, x, w, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-    )[0]
-    return dx.contiguous(memory_format=CHANNELS_LAST)
+    wide = _arithmetic(g.device, g.dtype)
+    dy = _gradient(wide, g, y, mean, a, b, c)
+    return library.conv_dgrad(dy, w.to(wide), list(input_size), stride, padding, dilation, groups).to(g.dtype)
 
 
 def conv_wgrad(
@@ -369,13 +570,87 @@ def conv_wgrad(
     b: Tensor | None = None,
     c: Tensor | None = None,
 ) -> Tensor:
-    dy = _gradient(g, y, mean, a, b, c)
-    x = _activation(x, scale, shift)
-    w = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
-    dw = torch.ops.aten.convolution_backward(
-        dy, x, w, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
-    )[1]
-    return dw.contiguous(memory_format=CHANNELS_LAST)
+    wide = _arithmetic(g.device, g.dtype)
+    dy = _gradient(wide, g, y, mean, a, b, c)
+    operand = _activation(x, scale, shift, wide)
+    return library.conv_wgrad(dy, operand, list(weight_size), stride, padding, dilation, groups).to(x.dtype)
+
+
+def _conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    geometry: tuple[list[int], list[int], list[int], int],
+    needs: tuple[bool, bool],
+    affine: tuple[Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor]:
+    """``conv_backward`` from dy. ``needs``: dx and dw; ``affine``: scale and shift of a lazy x."""
+    dx, dw = x.new_empty(0), x.new_empty(0)
+    wide = dy.dtype
+    if needs[0]:
+        if residual is not None and residual.dtype != wide:
+            residual, overwrite = residual.to(wide, memory_format=CHANNELS_LAST), True
+        dx = library.conv_dgrad(dy, w.to(wide), list(x.shape), *geometry, residual, overwrite).to(x.dtype)
+    if needs[1]:
+        dw = library.conv_wgrad(dy, _activation(x, *affine, wide), list(w.shape), *geometry).to(x.dtype)
+    return dx, dw
+
+
+def conv_backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs_x: bool,
+    needs_w: bool,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    y: Tensor | None = None,
+    mean: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    gscale: Tensor | None = None,
+    gshift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    dy = _gradient(_arithmetic(g.device, g.dtype), g, y, mean, a, b, c, gscale, gshift)
+    geometry = (stride, padding, dilation, groups)
+    return _conv_backward(dy, x, w, geometry, (needs_x, needs_w), (scale, shift), residual, False)
+
+
+def conv_backward_into(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs_x: bool,
+    needs_w: bool,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    y: Tensor | None = None,
+    mean: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    gscale: Tensor | None = None,
+    gshift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``conv_backward`` that may write dx over ``residual``, which nobody else needs; it may be ``g`` itself."""
+    dy = _gradient(_arithmetic(g.device, g.dtype), g, y, mean, a, b, c, gscale, gshift)
+    geometry = (stride, padding, dilation, groups)
+    # Not where dy is that memory: dw is still to be read from it.
+    overwrite = residual is not None and dy.data_ptr() != residual.data_ptr()
+    return _conv_backward(dy, x, w, geometry, (needs_x, needs_w), (scale, shift), residual, overwrite)
 
 
 def conv_affine_act(

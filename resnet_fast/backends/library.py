@@ -1,0 +1,101 @@
+"""The library's convolutions and their gradients, as the backends put them between their own kernels. No backend.
+
+Operands are written out (nothing is lazy here), channels-last, of one dtype. A 1x1 convolution is a matrix product of
+the (NPQ, C) matrix that channels-last memory is: on a CPU its gradients run as one, which beats the library's own
+convolutions there and can add to what is already in memory (docs/conv.md, entry 8).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fast import buffers
+
+CHANNELS_LAST = torch.channels_last
+
+
+def _is_pointwise(w_size: list[int], padding: list[int], groups: int) -> bool:
+    return w_size[2:] == [1, 1] and padding == [0, 0] and groups == 1
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(N, C, H, W) as the (NHW, C) matrix that it is in memory."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _strided(t: Tensor, stride: list[int]) -> Tensor:
+    """The pixels (N, P, Q, C) of ``t`` (N, C, H, W) that a strided 1x1 convolution reads; a view."""
+    return t.permute(0, 2, 3, 1)[:, :: stride[0], :: stride[1]]
+
+
+def _product(a: Tensor, b: Tensor, size: list[int]) -> Tensor:
+    """The matrix product (NHW, C) as an image of ``size``, in kept memory where that pays."""
+    out = buffers.empty(tuple(size), a.dtype, buffers.TRAINING)
+    if out is None:
+        out = torch.empty(size, dtype=a.dtype, memory_format=CHANNELS_LAST)
+    torch.mm(a, b, out=_rows(out))
+    return out
+
+
+def conv(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+    """y (N, K, P, Q), channels-last."""
+    if x.device.type == "cpu" and _is_pointwise(list(w.shape), padding, groups) and stride == [1, 1]:
+        n, _, h, wide = x.shape
+        return _product(_rows(x), w.reshape(w.shape[:2]).t(), [n, w.shape[0], h, wide])
+    y = torch.nn.functional.conv2d(x, w, None, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=CHANNELS_LAST)
+
+
+def conv_dgrad(
+    dy: Tensor,
+    w: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    residual: Tensor | None = None,
+    overwrite: bool = False,
+) -> Tensor:
+    """dx (N, C, H, W) = ``input_size``, channels-last, plus ``residual``, which may be written over."""
+    if residual is not None and not overwrite:
+        residual = residual.clone(memory_format=CHANNELS_LAST)
+    if dy.device.type == "cpu" and _is_pointwise(list(w.shape), padding, groups):
+        matrix = w.reshape(w.shape[:2])
+        if stride == [1, 1]:
+            if residual is not None:
+                _rows(residual).addmm_(_rows(dy), matrix)
+                return residual
+            return _product(_rows(dy), matrix, input_size)
+        if residual is None:
+            residual = dy.new_zeros(input_size).contiguous(memory_format=CHANNELS_LAST)
+        pixels = _strided(residual, stride)
+        pixels += (_rows(dy) @ matrix).view(pixels.shape)
+        return residual
+    # The library looks at the input's size and layout alone; it must be channels-last for dx to be.
+    x = torch.empty(input_size, dtype=dy.dtype, device=dy.device, memory_format=CHANNELS_LAST)
+    dx = torch.ops.aten.convolution_backward(
+        dy, x, w, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+    )[0].contiguous(memory_format=CHANNELS_LAST)
+    return dx if residual is None else dx.add_(residual)
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    weight_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """dw (K, C // groups, R, S) = ``weight_size``, channels-last."""
+    if dy.device.type == "cpu" and _is_pointwise(weight_size, padding, groups):
+        operand = _rows(x) if stride == [1, 1] else _strided(x, stride).reshape(-1, x.shape[1])
+        return (_rows(dy).t() @ operand).view(weight_size)
+    w = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
+    dw = torch.ops.aten.convolution_backward(
+        dy, x, w, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+    )[1]
+    return dw.contiguous(memory_format=CHANNELS_LAST)
