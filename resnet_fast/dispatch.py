@@ -158,8 +158,8 @@ def choose(op_name: str, device: torch.device, dtype: torch.dtype) -> Choice:
 def _choose(op_name: str, device: torch.device, dtype: torch.dtype, forced: str | None) -> Choice:
     if forced == "torch":
         return Choice("torch", OPS[op_name].definition)
-    answers = reasons(op_name, device, dtype)
     if forced is not None:
+        answers = reasons(op_name, device, dtype)
         if answers[forced] is None:
             return Choice(forced, getattr(backend(forced), op_name))
         able = [name for name, reason in answers.items() if reason is None]
@@ -167,8 +167,8 @@ def _choose(op_name: str, device: torch.device, dtype: torch.dtype, forced: str 
             f"backend {forced!r} cannot run {op_name} on {device} in {dtype}: {answers[forced]}. "
             f"Able here: {', '.join(able)}. Remedy: use_backend(None) for the automatic choice."
         )
-    for name, reason in answers.items():
-        if reason is None and name != "torch":
+    for name in BACKENDS:
+        if _why_not(name, op_name, device, dtype) is None:
             return Choice(name, getattr(backend(name), op_name))
     return Choice("torch", OPS[op_name].definition)
 

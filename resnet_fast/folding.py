@@ -357,10 +357,11 @@ class Program:
         """z in the dtype of ``x``; None where a value inside might overflow, or a shape does not fit."""
         if not magnitude(x) < self._limit:
             return None
-        z: Tensor | None = x
+        operand = x
         for step in self._steps:
-            operand = cast(z, step.layers[0].dtype)
+            operand = cast(operand, step.layers[0].dtype)
             z = _run(operand, step.layers, step.projection, None, step.identity, operand is not x)
             if z is None:
                 return None
-        return cast(z, x.dtype)
+            operand = z
+        return cast(operand, x.dtype)

@@ -254,7 +254,7 @@ def _forward_layer(
     if not static.batch_stats[i]:
         assert mean is not None and var is not None
         if lazy[0] is not None:
-            x = ops.affine_act(x, *lazy)  # type: ignore[arg-type]
+            x = ops.affine_act(x, *lazy)
         y = F.conv2d(x, w, None, *static.conv(i)).contiguous(memory_format=torch.channels_last)
         nothing = mean.new_empty(0), var.new_empty(0)
         return _Layer(w, y, mean, *scale_shift(mean, var, gamma, beta, static.eps[i])), nothing
@@ -367,9 +367,9 @@ class _Backward:
         None for x. Where ``needs_x`` is False the gradient returned has no elements.
         """
         layer, needs_w = self.layers[i], self.needs[i][0]
-        lazy = (layer.y, layer.mean, *self.coefficients(i, sums))
+        lazy: tuple[Tensor, ...] = (layer.y, layer.mean, *self.coefficients(i, sums))
         if index is not None:
-            dz, lazy = ops.maxpool_backward_apply(dz, index, *lazy), ()  # type: ignore[arg-type]
+            dz, lazy = ops.maxpool_backward_apply(dz, index, *lazy), ()
         gradient = dict(zip(("y", "mean", "a", "b", "c", "gscale", "gshift"), (*lazy, *mask), strict=False))
         x, scale, shift = self.x, None, None
         if before is not None and needs_w:

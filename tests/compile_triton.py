@@ -33,6 +33,16 @@ SHAPES = {
     "masked": (Case("masked", 1, 64, 14, 14, 70, 1, 1, 0), DTYPES),
     "single": (Case("single", 1, 64, 14, 14, 1, 1, 1, 0), (torch.float16,)),
 }
+#: Convolutions: one shape for every row of their tables of tiles, and one with channels off every block.
+CONV_SHAPES = {
+    "1x1": (Case("1x1", 1, 256, 14, 14, 64, 1, 1, 0), DTYPES),
+    "1x1_expand": (Case("1x1_expand", 1, 64, 14, 14, 256, 1, 1, 0), (torch.bfloat16,)),
+    "1x1_2": (Case("1x1_2", 1, 256, 14, 14, 512, 1, 2, 0), (torch.bfloat16,)),
+    "3x3": (Case("3x3", 1, 64, 14, 14, 64, 3, 1, 1), (torch.bfloat16,)),
+    "3x3_2": (Case("3x3_2", 1, 128, 14, 14, 128, 3, 2, 1), DTYPES),
+    "3x3_wide": (Case("3x3_wide", 1, 256, 14, 14, 256, 3, 1, 1), (torch.bfloat16,)),
+    "odd": (Case("odd", 1, 36, 13, 13, 70, 3, 1, 1), (torch.float16,)),
+}
 
 
 class Instance:
@@ -79,15 +89,21 @@ def _specialised(parameter: Any) -> bool:
     return not parameter.do_not_specialize
 
 
-def instances(ops: Iterable[str]) -> Iterator[Instance]:
-    """Every distinct launch of ``ops``: all variants on all shapes."""
+def shapes_of(op: str) -> dict[str, tuple[Case, tuple[torch.dtype, ...]]]:
+    return CONV_SHAPES if op.startswith("conv_") else SHAPES
+
+
+def instances(ops: Iterable[str], only: Iterable[str] = ()) -> Iterator[Instance]:
+    """Every distinct launch of ``ops``: all variants on all shapes, or on those named."""
     from resnet_fast.backends import triton as backend
     from resnet_fast.backends.triton.common import recorded
 
     seen: set[str] = set()
     for op in ops:
         for variant in VARIANTS[op]:
-            for shape, (case, dtypes) in SHAPES.items():
+            for shape, (case, dtypes) in shapes_of(op).items():
+                if only and shape not in only:
+                    continue
                 for dtype in dtypes:
                     with recorded() as launches:
                         getattr(backend, op)(**inputs(op, case, dtype, variant=variant))
@@ -150,12 +166,13 @@ def main() -> None:
     """One JSON object a line, on standard output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, required=True, help="80 or 90, for instance")
+    parser.add_argument("--shape", action="append", default=[], help="of SHAPES or CONV_SHAPES; all, if not given")
     parser.add_argument("ops", nargs="+")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: kernels are Python, and there is nothing to compile")
     torch.set_num_threads(1)
-    for instance in instances(args.ops):
+    for instance in instances(args.ops, args.shape):
         record = compiled(instance, args.arch)
         record["ptx"] = sorted(set(record["ptx"]))
         print(json.dumps(record), flush=True)

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import resnet_fast
 from resnet_fast import models
+from resnet_fast.commands.timing import saved
 from resnet_fast.models import BasicBlock, Bottleneck, CifarResNet, PlainBasicBlock, ResNet, SubsamplePad
 from tests import libraries
 
@@ -496,3 +498,19 @@ def test_require_skips_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         libraries.require("timm")
     with pytest.raises(ValueError, match="name='tim' is not supported"):
         libraries.require("tim")
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_training_step_keeps_less_for_its_backward(name: str, low: bool) -> None:
+    """At least 15 % fewer bytes than eager, counted exactly. Weights cast by autocast count, in both."""
+    eager = getattr(models, name)(num_classes=10).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 224, 224).to(memory_format=torch.channels_last)
+
+    def step(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return model(x).sum()
+
+    theirs = saved(lambda: step(eager))
+    ours = saved(lambda: step(resnet_fast.fuse(eager)))
+    assert 2 * 10**7 < ours < 0.85 * theirs

@@ -384,7 +384,8 @@ def _check_index(kwargs: Kwargs, z: Tensor, index: Tensor) -> None:
     size = F.pad(exact, (1, 1, 1, 1), value=-torch.inf).unfold(2, 3, 2).unfold(3, 3, 2)
     windows = size.reshape(*z.shape, 9)
     there = index.long() != 9
-    chosen = windows.gather(-1, index.long().masked_fill(~there, 0).unsqueeze(-1))
+    chosen = windows.gather(-1, index.long().masked_fill(~there, 4).unsqueeze(-1))
+    assert not chosen.isneginf().any(), "index: points into the padding"
     # The multiply-add may round once or twice, and the store once more.
     largest = (to_float64(y).abs() * to_float64(scale).abs().view(1, -1, 1, 1)).amax() + to_float64(shift).abs().amax()
     slack = torch.finfo(y.dtype).eps * chosen.abs() + 4 * torch.finfo(torch.float32).eps * largest

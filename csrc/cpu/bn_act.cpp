@@ -10,73 +10,96 @@
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
 namespace {
 
-// Rows whose sum is formed in registers before it is added to that of the tile.
-constexpr int64_t GROUP_NPQ = 4;
+// Channels from which on the next packs of these rows are asked for, not those of the rows below.
+constexpr int64_t WIDE = 512;
+// Rows whose mean is a tile's pivot.
 constexpr int64_t PIVOT_ROWS = 8;
+// Channels whose vectors a thread keeps in L1 while it goes down its rows.
+constexpr int64_t ELEMENT_K = 1024;
 
-/// Where a vector lies: at `offset` of the matrix, which is `channel` of `row`.
+/// Where a pack lies: at `offset` of the matrix, which is `channel` of `row`, and `local` channels
+/// from the first of its block.
 struct At {
-  int64_t offset, row, channel;
+  int64_t offset, row, channel, local, ahead = 0;
 };
 
-/// The skeleton of every elementwise op: calls body(at, lanes) on every vector of an (npq, k)
-/// matrix.
-template <class Body>
-void for_each_element(int64_t npq, int64_t k, const Body& body) {
-#pragma omp parallel for schedule(static) if (npq * k > SERIAL)
-  for (int64_t row = 0; row < npq; ++row) {
-    const Body local =
-        body;  // what it holds stays in registers: a store could change the shared one
-    for_each_vector(0, k, [=](int64_t channel, auto lanes) {
-      local(At{row * k + channel, row, channel}, lanes);
-    });
+/// The skeleton of every elementwise op: calls body(at, lanes, vectors) on every pack of an (npq,
+/// k) matrix of T.
+template <class T, int COUNT, class Body>
+void for_each_element(int64_t npq, int64_t k, const float* const (&vectors)[COUNT],
+                      const Body& body) {
+#pragma omp parallel if (npq * k > SERIAL)
+  {
+    const Body local = body;  // its own: a store could change the shared one
+    for (int64_t first = 0; first < k; first += ELEMENT_K) {
+      const int64_t last = smaller(first + ELEMENT_K, k);
+      const Channels<T, COUNT, ELEMENT_K> channels(vectors, first, last);
+#pragma omp for schedule(static) nowait
+      for (int64_t row = 0; row < npq; ++row) {
+        for_each_pack(first, last, [&, row](int64_t channel, auto lanes) {
+          local(At{row * k + channel, row, channel, channel - first, 0}, lanes, channels);
+        });
+      }
+    }
   }
 }
 
-/// The sums of one vector of channels over ROWS rows from `row`, added to the tile's, or set if the
-/// tile begins here.
+/// The sums of one pack over ROWS rows from `row`, added to the tile's, or set if the tile begins
+/// here.
 template <int64_t ROWS, int SUMS, class Add, class Lanes>
-void sum_group(int64_t row, bool begins, int64_t k, int64_t channel, Lanes lanes, const Add& add,
-               float* const (&out)[SUMS]) {
-  Vec sums[SUMS] = {};
-  for (int64_t r = 0; r < ROWS; ++r)
-    add(At{(row + r) * k + channel, row + r, channel}, lanes, sums);
+void sum_group(const Tile& tile, int64_t row, int64_t k, int64_t channel, Lanes lanes,
+               const Add& add, float* const (&out)[SUMS]) {
+  const int64_t local = channel - tile.channel;
+  // Rows of many channels lie a page apart or nearly: those below would push out what is asked for.
+  const int64_t ahead = k >= WIDE ? 2 * PACK : ROWS * k;
+  Vec sums[SUMS][2] = {};
+  for (int64_t r = row; r < row + ROWS; ++r) {
+    add(At{r * k + channel, r, channel, local, ahead}, lanes, sums);
+  }
   for (int s = 0; s < SUMS; ++s) {
-    float* total = out[s] + channel;
-    store(total, begins ? sums[s] : load(total, lanes) + sums[s], lanes);
+    for (int h = 0; h < 2; ++h) {
+      float* total = out[s] + local + h * LANES;
+      store(total, row == tile.row ? sums[s][h] : load(total) + sums[s][h]);
+    }
   }
 }
 
-/// The skeleton of every reduction: add(at, lanes, sums) adds one vector of a tile to
-/// its channels' SUMS sums, which go to out[0..SUMS) at the tile's channels.
-template <int SUMS, class Add>
-void sum_tile(const Tile& tile, int64_t k, Add add, float* const (&out)[SUMS]) {
+/// The skeleton of every reduction: add(at, lanes, sums) adds one pack of a tile to its channels'
+/// SUMS sums. out[0..SUMS) get those of the tile, in the order of widened packs. ROWS rows are
+/// summed side by side, in registers.
+template <int64_t ROWS, int SUMS, class Add>
+void sum_tile(const Tile& tile, int64_t k, const Add& add, float* const (&out)[SUMS]) {
   const auto sum_rows = [&](int64_t row, auto rows) {
-    for_each_vector(tile.channel, tile.channel_end, [&](int64_t channel, auto lanes) {
-      sum_group<rows()>(row, row == tile.row, k, channel, lanes, add, out);
+    for_each_pack(tile.channel, tile.channel_end, [&](int64_t channel, auto lanes) {
+      sum_group<rows()>(tile, row, k, channel, lanes, add, out);
     });
   };
   int64_t row = tile.row;
-  for (; row + GROUP_NPQ <= tile.row_end; row += GROUP_NPQ) {
-    sum_rows(row, std::integral_constant<int64_t, GROUP_NPQ>{});
+  for (; row + ROWS <= tile.row_end; row += ROWS) {
+    sum_rows(row, std::integral_constant<int64_t, ROWS>{});
   }
   for (; row < tile.row_end; ++row) sum_rows(row, std::integral_constant<int64_t, 1>{});
 }
 
-/// Reduces SUMS sums over the whole matrix: tiles into the workspace, then the tiles in order.
-template <int SUMS, class Add>
-void reduce(int64_t npq, int64_t k, float* workspace, const Add& add, float* const (&out)[SUMS]) {
+/// Reduces SUMS sums over a whole matrix of T: tiles into the workspace, then the tiles in order.
+/// `make(vectors)` is the tile's add.
+template <class T, int64_t ROWS, int SUMS, int COUNT, class Make>
+void reduce(int64_t npq, int64_t k, float* workspace, const float* const (&vectors)[COUNT],
+            const Make& make, float* const (&out)[SUMS]) {
   const Tiles tiles{npq, k};
-  const int64_t plane = tiles.row_blocks() * k;
+  const int64_t plane = tiles.row_blocks() * padded(k);
   for_each_tile(tiles, [&](const Tile& tile) {
+    const Channels<T, COUNT, BLOCK_K> channels(vectors, tile.channel, tile.channel_end);
     float* partial[SUMS];
-    for (int s = 0; s < SUMS; ++s) partial[s] = workspace + s * plane + tile.index * k;
-    sum_tile<SUMS>(tile, k, add, partial);
+    for (int s = 0; s < SUMS; ++s) {
+      partial[s] = workspace + s * plane + tile.index * padded(k) + tile.channel;
+    }
+    sum_tile<ROWS>(tile, k, make(channels), partial);
   });
-  merge_sums(tiles.row_blocks(), k, workspace, out);
+  merge_sums<T>(tiles.row_blocks(), k, workspace, out);
 }
 
-int64_t bn_workspace(int64_t npq, int64_t k) { return 3 * Tiles{npq, k}.row_blocks() * k; }
+int64_t bn_workspace(int64_t npq, int64_t k) { return 3 * Tiles{npq, k}.row_blocks() * padded(k); }
 
 /// `mean` less what lies below 2^-13 of `size`, or 0 if that is not finite. In sums of y - pivot a
 /// pivot of many bits would be rounded the same way at every addition, where y itself has few.
@@ -100,9 +123,9 @@ void normalise(const Args& args, int64_t c, double mean, double m2, double n) {
   args.shift[c] = static_cast<float>((args.beta ? args.beta[c] : 0.0) - mean * scale);
 }
 
-// mean = sum(y) / NPQ;  var = sum((y - mean)^2) / (NPQ - 1);  rstd, scale, shift follow
+// mean = sum(y) / NPQ; var = sum((y - mean)^2) / (NPQ - 1); rstd, scale, shift follow
 // Shapes    y (NPQ, K) channels-last; gamma, beta, mean, var, rstd, scale, shift (K,) fp32;
-//           workspace (3, row blocks, K) fp32
+//           workspace (3, row blocks, padded(K)) fp32
 // Tiles     BLOCK_NPQ x BLOCK_K; a thread takes a run of them, channel blocks first
 // Traffic   reads y: NPQ * K * itemsize, once
 // Numerics  per tile, in fp32, sums of y - pivot and of its square, the pivot near the mean; tiles
@@ -116,67 +139,72 @@ void bn_stats_tile(const T* y, const Tile& tile, int64_t k, float* pivot, float*
   // first rows is at worst sqrt(BLOCK_NPQ / PIVOT_ROWS) std away.
   Tile head = tile;
   head.row_end = smaller(tile.row + PIVOT_ROWS, tile.row_end);
-  const auto add_head = [=](const At& at, auto lanes, Vec(&sums)[2]) {
-    const Vec value = load(y + at.offset, lanes);
-    sums[0] += value;
-    sums[1] += absolute(value);
+  const auto add_head = [=](const At& at, auto lanes, Vec(&sums)[2][2]) {
+    const Pair value = widen(load_ahead(y + at.offset, at.ahead, lanes));
+    for (int h = 0; h < 2; ++h) {
+      sums[0][h] += value.v[h];
+      sums[1][h] += absolute(value.v[h]);
+    }
   };
-  sum_tile<2>(head, k, add_head, {pivot, m2});
-  const float rows = static_cast<float>(head.row_end - head.row);
-  for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-    pivot[c] = coarse(pivot[c] / rows, m2[c] / rows);
-  }
+  sum_tile<PIVOT_ROWS, 2>(head, k, add_head, {pivot, m2});
+  const int64_t count = padded(tile.channel_end - tile.channel);
+  const float share = 1 / static_cast<float>(head.row_end - head.row);
+  for (int64_t c = 0; c < count; ++c) pivot[c] = coarse(pivot[c] * share, m2[c] * share);
 
-  const auto add = [=](const At& at, auto lanes, Vec(&sums)[2]) {
-    const Vec d = load(y + at.offset, lanes) - load(pivot + at.channel, lanes);
-    sums[0] += d;
-    sums[1] = fma(d, d, sums[1]);
+  const auto add = [=](const At& at, auto lanes, Vec(&sums)[2][2]) {
+    const Pair value = widen(load_ahead(y + at.offset, at.ahead, lanes));
+    for (int h = 0; h < 2; ++h) {
+      const Vec d = value.v[h] - load(pivot + at.local + h * LANES);
+      sums[0][h] += d;
+      sums[1][h] = fma(d, d, sums[1][h]);
+    }
   };
-  sum_tile<2>(tile, k, add, {residue, m2});
-  const float n = static_cast<float>(tile.row_end - tile.row);
-  for (int64_t c = tile.channel; c < tile.channel_end; ++c) {
-    m2[c] -= residue[c] * residue[c] / n;
-  }
+  sum_tile<READ_ROWS, 2>(tile, k, add, {residue, m2});
+  const float per_row = 1 / static_cast<float>(tile.row_end - tile.row);
+  for (int64_t c = 0; c < count; ++c) m2[c] -= residue[c] * residue[c] * per_row;
 }
 
 template <class T>
 void bn_stats_kernel(const BnStats& args) {
   const T* y = static_cast<const T*>(args.y);
   const Tiles tiles{args.npq, args.k};
-  const int64_t k = args.k;
-  const int64_t plane = tiles.row_blocks() * k;
+  const int64_t k = args.k, blocks = tiles.row_blocks(), plane = blocks * padded(k);
+  const int64_t height = tiles.height();
   float* pivots = args.workspace;
   float* residues = pivots + plane;
   float* m2s = residues + plane;
 
   for_each_tile(tiles, [&](const Tile& tile) {
-    const int64_t row = tile.index * k;
-    bn_stats_tile(y, tile, k, pivots + row, residues + row, m2s + row);
+    const int64_t start = tile.index * padded(k) + tile.channel;
+    bn_stats_tile(y, tile, k, pivots + start, residues + start, m2s + start);
   });
 
-  for_each_channel_block(tiles.row_blocks(), k, [&](int64_t first, int64_t last) {
+  for_each_merge(blocks, k, [&](int64_t first, int64_t count) {
     const double npq = static_cast<double>(args.npq);
-    double mean[MERGE_K], m2[MERGE_K];
-    merge(tiles.row_blocks(), first, last, mean, [&](int64_t index, int64_t c) {
-      const double n = static_cast<double>(tiles.rows(index));
-      return n * pivots[index * k + c] + residues[index * k + c];
+    double mean[PACK], m2[PACK];
+    merge(blocks, PACK, mean, [&](int64_t index, int64_t i) {
+      const double n = static_cast<double>(smaller(height, args.npq - index * height));
+      const int64_t at = index * padded(k) + first + i;
+      return n * pivots[at] + residues[at];
     });
     for (double& m : mean) m /= npq > 0 ? npq : 1;
-    merge(tiles.row_blocks(), first, last, m2, [&](int64_t index, int64_t c) {
-      const double n = static_cast<double>(tiles.rows(index));
-      const double d = pivots[index * k + c] - mean[c - first] + residues[index * k + c] / n;
-      return m2s[index * k + c] + d * d * n;
+    merge(blocks, PACK, m2, [&](int64_t index, int64_t i) {
+      const double n = static_cast<double>(smaller(height, args.npq - index * height));
+      const double share = 1 / n;
+      const int64_t at = index * padded(k) + first + i;
+      const double d = pivots[at] - mean[i] + residues[at] * share;
+      return m2s[at] + d * d * n;
     });
-    for (int64_t c = first; c < last; ++c) {
-      normalise(args, c, mean[c - first], m2[c - first], npq);
-    }
+    for_each_widened<T>(count, [&](int64_t i, int64_t channel) {
+      normalise(args, first + channel, mean[i], m2[i], npq);
+    });
   });
 }
 
 // bn_stats of the union of T parts: mean = sum(n_t * mean_t) / n, M2 = sum(M2_t + n_t * (mean_t -
 // mean)^2)
 // Shapes    n (T,); means, vars (T, K); gamma, beta, mean, var, rstd, scale, shift (K,); all fp32
-// Tiles     MERGE_K channels, shared out to the threads where there is work for several
+// Tiles     PACK channels, shared out to the threads where there is work for several
 // Traffic   reads means, vars: 2 * T * K * 4, twice; T is the number of ranks
 // Numerics  in double, parts in order (Chan, Golub, LeVeque 1979)
 // Source    ops.bn_finalize; docs/bn_act.md
@@ -184,47 +212,47 @@ void bn_finalize_kernel(const BnFinalize& args) {
   const int64_t k = args.k;
   double n = 0;
   for (int64_t part = 0; part < args.parts; ++part) n += args.n[part];
-  for_each_channel_block(args.parts, k, [&](int64_t first, int64_t last) {
-    double mean[MERGE_K], m2[MERGE_K];
-    merge(args.parts, first, last, mean,
-          [&](int64_t part, int64_t c) { return double{args.n[part]} * args.means[part * k + c]; });
-    for (double& m : mean) m /= n > 1 ? n : 1;
-    merge(args.parts, first, last, m2, [&](int64_t part, int64_t c) {
-      const double count = args.n[part];
-      const double d = args.means[part * k + c] - mean[c - first];
-      return args.vars[part * k + c] * (count > 1 ? count - 1 : 0) + d * d * count;
+  for_each_merge(args.parts, k, [&](int64_t first, int64_t count) {
+    double mean[PACK], m2[PACK];
+    merge(args.parts, count, mean, [&](int64_t part, int64_t i) {
+      return double{args.n[part]} * args.means[part * k + first + i];
     });
-    for (int64_t c = first; c < last; ++c) normalise(args, c, mean[c - first], m2[c - first], n);
+    for (double& m : mean) m /= n > 1 ? n : 1;
+    merge(args.parts, count, m2, [&](int64_t part, int64_t i) {
+      const double values = args.n[part];
+      const double d = args.means[part * k + first + i] - mean[i];
+      return args.vars[part * k + first + i] * (values > 1 ? values - 1 : 0) + d * d * values;
+    });
+    for (int64_t i = 0; i < count; ++i) normalise(args, first + i, mean[i], m2[i], n);
   });
 }
 
 struct NoResidual {
-  template <class Lanes>
-  Vec operator()(Vec value, const At&, Lanes) const {
-    return value;
-  }
+  template <class Lanes, class Vectors>
+  void operator()(Pair&, const At&, Lanes, const Vectors&) const {}
 };
 
 template <class T>
 struct PlainResidual {
   const T* residual;
 
-  template <class Lanes>
-  Vec operator()(Vec value, const At& at, Lanes lanes) const {
-    return value + load(residual + at.offset, lanes);
+  template <class Lanes, class Vectors>
+  void operator()(Pair& value, const At& at, Lanes lanes, const Vectors&) const {
+    const Pair r = widen(load_pack(residual + at.offset, lanes));
+    for (int h = 0; h < 2; ++h) value.v[h] += r.v[h];
   }
 };
 
 template <class T>
 struct AffineResidual {
   const T* residual;
-  const float* rscale;
-  const float* rshift;
 
-  template <class Lanes>
-  Vec operator()(Vec value, const At& at, Lanes lanes) const {
-    return value + fma(load(residual + at.offset, lanes), load(rscale + at.channel, lanes),
-                       load(rshift + at.channel, lanes));
+  template <class Lanes, class Vectors>
+  void operator()(Pair& value, const At& at, Lanes lanes, const Vectors& vectors) const {
+    const Pair r = widen(load_pack(residual + at.offset, lanes));
+    for (int h = 0; h < 2; ++h) {
+      value.v[h] += fma(r.v[h], vectors(2, at.local, h), vectors(3, at.local, h));
+    }
   }
 };
 
@@ -240,21 +268,22 @@ template <bool RELU, bool MASK, class T, class Residual>
 void affine_act_kernel(const AffineAct& args, T, Residual add_residual) {
   const T* y = static_cast<const T*>(args.y);
   T* z = static_cast<T*>(args.z);
-  const float* scale = args.scale;
-  const float* shift = args.shift;
   uint8_t* mask = args.mask;
   const int64_t mask_k = cdiv(args.k, 8);
-  for_each_element(args.npq, args.k, [=](const At& at, auto lanes) {
-    Vec value = fma(load(y + at.offset, lanes), load(scale + at.channel, lanes),
-                    load(shift + at.channel, lanes));
-    value = add_residual(value, at, lanes);
-    value = RELU ? relu(value) : value;
-    store(z + at.offset, value, lanes);
-    if constexpr (MASK) {
-      const uint32_t bits = active_bits(as_stored(value, T{}));
-      store_mask(mask + at.row * mask_k, at.channel, bits, lanes);
+  const auto body = [=](const At& at, auto lanes, const auto& vectors) {
+    Pair value = widen(load_pack(y + at.offset, lanes));
+    for (int h = 0; h < 2; ++h) {
+      value.v[h] = fma(value.v[h], vectors(0, at.local, h), vectors(1, at.local, h));
     }
-  });
+    add_residual(value, at, lanes, vectors);
+    if constexpr (RELU) {
+      for (int h = 0; h < 2; ++h) value.v[h] = relu(value.v[h]);
+    }
+    const Pack<T> stored = narrow(value, T{});
+    store_pack(z + at.offset, stored, lanes);
+    if constexpr (MASK) store_mask(mask + at.row * mask_k, at.channel, active_bits(stored), lanes);
+  };
+  for_each_element<T>(args.npq, args.k, {args.scale, args.shift, args.rscale, args.rshift}, body);
 }
 
 template <class T, class Residual>
@@ -276,25 +305,26 @@ struct GateByActivation {
   const T* z;
 
   template <class Lanes>
-  Vec operator()(Vec dz, const At& at, Lanes lanes) const {
-    return where_active(load(z + at.offset, lanes), dz);
+  Pack<T> operator()(const Pack<T>& dz, const At& at, Lanes lanes) const {
+    return where_active(load_ahead(z + at.offset, at.ahead, lanes), dz);
   }
 };
 
 /// The same from the bits that affine_act left.
+template <class T>
 struct GateByMask {
   const uint8_t* mask;
   int64_t mask_k;
 
   template <class Lanes>
-  Vec operator()(Vec dz, const At& at, Lanes lanes) const {
+  Pack<T> operator()(const Pack<T>& dz, const At& at, Lanes lanes) const {
     return where_bits(load_mask(mask + at.row * mask_k, at.channel, lanes), dz);
   }
 };
 
-// g = dz where z > 0 else 0;  sum_g = sum(g);  sum_gy = sum(g * (y - mean));  sum_gry likewise
+// g = dz where z > 0 else 0; sum_g = sum(g); sum_gy = sum(g * (y - mean)); sum_gry likewise
 // Shapes    dz, z, y, ry, g (NPQ, K) channels-last; mask (NPQ, ceil(K / 8)) bytes; mean, rmean,
-//           sums (K,) fp32; workspace (SUMS, row blocks, K) fp32
+//           sums (K,) fp32; workspace (SUMS, row blocks, padded(K)) fp32
 // Tiles     as bn_stats
 // Traffic   reads dz, z, y, ry, writes g: 5 * NPQ * K * itemsize (4 without ry; one less with a
 //           mask, which is NPQ * K / 8)
@@ -307,20 +337,26 @@ void affine_act_backward_kernel(const AffineActBackward& args, T, Gate gate,
   const T* y = static_cast<const T*>(args.y);
   const T* ry = static_cast<const T*>(args.ry);
   T* g = static_cast<T*>(args.g);
-  const float* mean = args.mean;
-  const float* rmean = args.rmean;
-  const auto add = [=](const At& at, auto lanes, Vec(&sums)[SUMS]) {
-    const Vec gradient = gate(load(dz + at.offset, lanes), at, lanes);
-    const Vec centred = load(y + at.offset, lanes) - load(mean + at.channel, lanes);
-    sums[0] += gradient;
-    sums[1] = fma(gradient, centred, sums[1]);
-    if constexpr (SUMS == 3) {
-      const Vec rcentred = load(ry + at.offset, lanes) - load(rmean + at.channel, lanes);
-      sums[2] = fma(gradient, rcentred, sums[2]);
-    }
-    store(g + at.offset, gradient, lanes);
+  const auto make = [=](const auto& vectors) {
+    return [=, &vectors](const At& at, auto lanes, Vec(&sums)[SUMS][2]) {
+      const Pack<T> stored = gate(load_ahead(dz + at.offset, at.ahead, lanes), at, lanes);
+      store_pack(g + at.offset, stored, lanes);
+      const Pair gradient = widen(stored),
+                 value = widen(load_ahead(y + at.offset, at.ahead, lanes));
+      for (int h = 0; h < 2; ++h) {
+        sums[0][h] += gradient.v[h];
+        sums[1][h] = fma(gradient.v[h], value.v[h] - vectors(0, at.local, h), sums[1][h]);
+      }
+      if constexpr (SUMS == 3) {
+        const Pair r = widen(load_ahead(ry + at.offset, at.ahead, lanes));
+        for (int h = 0; h < 2; ++h) {
+          sums[2][h] = fma(gradient.v[h], r.v[h] - vectors(1, at.local, h), sums[2][h]);
+        }
+      }
+    };
   };
-  reduce<SUMS>(args.npq, args.k, args.workspace, add, out);
+  reduce<T, WRITE_ROWS, SUMS, 2>(args.npq, args.k, args.workspace, {args.mean, args.rmean}, make,
+                                 out);
 }
 
 /// g of a gradient dz that comes without a ReLU: itself.
@@ -328,30 +364,32 @@ template <class T>
 struct Gradient {
   const T* dz;
 
-  template <class Lanes>
-  Vec operator()(Vec, const At& at, Lanes lanes) const {
-    return load(dz + at.offset, lanes);
+  template <int SCALE, class Lanes, class Vectors>
+  Pair of(const Pair&, const At& at, Lanes lanes, const Vectors&) const {
+    return widen(load_ahead(dz + at.offset, at.ahead, lanes));
   }
 };
 
-/// g behind a ReLU whose output was not kept: the mask is recomputed as affine_act computed it.
+/// g behind a ReLU whose output was not kept: the mask is recomputed as affine_act computed it,
+/// from the vectors number SCALE and SCALE + 1.
 template <class T>
 struct MaskedGradient {
   const T* dz;
-  const float* scale;
-  const float* shift;
 
-  template <class Lanes>
-  Vec operator()(Vec y, const At& at, Lanes lanes) const {
-    const Vec preactivation =
-        fma(y, load(scale + at.channel, lanes), load(shift + at.channel, lanes));
-    return where_active(preactivation, load(dz + at.offset, lanes));
+  template <int SCALE, class Lanes, class Vectors>
+  Pair of(const Pair& y, const At& at, Lanes lanes, const Vectors& vectors) const {
+    Pair g = widen(load_ahead(dz + at.offset, at.ahead, lanes));
+    for (int h = 0; h < 2; ++h) {
+      const Vec scale = vectors(SCALE, at.local, h), shift = vectors(SCALE + 1, at.local, h);
+      g.v[h] = where_active(fma(y.v[h], scale, shift), g.v[h]);
+    }
+    return g;
   }
 };
 
-// sum_g = sum(g);  sum_gy = sum(g * (y - mean));  g = dz where y * scale + shift > 0 else 0
-// Shapes    dz, y (NPQ, K) channels-last; mean, scale, shift, sums (K,) fp32;
-//           workspace (2, row blocks, K) fp32
+// sum_g = sum(g); sum_gy = sum(g * (y - mean)); g = dz where y * scale + shift > 0 else 0
+// Shapes    dz, y (NPQ, K) channels-last; mean, scale, shift, sums (K,) fp32; workspace (2, row
+//           blocks, padded(K)) fp32
 // Tiles     as bn_stats
 // Traffic   reads dz, y: 2 * NPQ * K * itemsize
 // Numerics  fp32 sums over a tile, tiles merged in double, in order
@@ -359,14 +397,18 @@ struct MaskedGradient {
 template <class T, class G>
 void bn_backward_sums_kernel(const BnBackwardSums& args, T, G g) {
   const T* y = static_cast<const T*>(args.y);
-  const float* mean = args.mean;
-  const auto add = [=](const At& at, auto lanes, Vec(&sums)[2]) {
-    const Vec value = load(y + at.offset, lanes);
-    const Vec gradient = g(value, at, lanes);
-    sums[0] += gradient;
-    sums[1] = fma(gradient, value - load(mean + at.channel, lanes), sums[1]);
+  const auto make = [=](const auto& vectors) {
+    return [=, &vectors](const At& at, auto lanes, Vec(&sums)[2][2]) {
+      const Pair value = widen(load_ahead(y + at.offset, at.ahead, lanes));
+      const Pair gradient = g.template of<1>(value, at, lanes, vectors);
+      for (int h = 0; h < 2; ++h) {
+        sums[0][h] += gradient.v[h];
+        sums[1][h] = fma(gradient.v[h], value.v[h] - vectors(0, at.local, h), sums[1][h]);
+      }
+    };
   };
-  reduce<2>(args.npq, args.k, args.workspace, add, {args.sum_g, args.sum_gy});
+  reduce<T, READ_ROWS, 2, 3>(args.npq, args.k, args.workspace, {args.mean, args.scale, args.shift},
+                             make, {args.sum_g, args.sum_gy});
 }
 
 // dy = a * g + b * (y - mean) + c;  g = dz where y * scale + shift > 0 else 0
@@ -379,17 +421,18 @@ template <class T, class G>
 void bn_backward_apply_kernel(const BnBackwardApply& args, T, G g) {
   const T* y = static_cast<const T*>(args.y);
   T* dy = static_cast<T*>(args.dy);
-  const float* mean = args.mean;
-  const float* a = args.a;
-  const float* b = args.b;
-  const float* c = args.c;
-  for_each_element(args.npq, args.k, [=](const At& at, auto lanes) {
-    const Vec value = load(y + at.offset, lanes);
-    const Vec gradient = g(value, at, lanes);
-    const Vec centred = value - load(mean + at.channel, lanes);
-    const Vec rest = fma(load(b + at.channel, lanes), centred, load(c + at.channel, lanes));
-    store(dy + at.offset, fma(load(a + at.channel, lanes), gradient, rest), lanes);
-  });
+  const auto body = [=](const At& at, auto lanes, const auto& vectors) {
+    const Pair value = widen(load_pack(y + at.offset, lanes));
+    Pair result = g.template of<4>(value, at, lanes, vectors);
+    for (int h = 0; h < 2; ++h) {
+      const Vec centred = value.v[h] - vectors(0, at.local, h);
+      const Vec rest = fma(vectors(2, at.local, h), centred, vectors(3, at.local, h));
+      result.v[h] = fma(vectors(1, at.local, h), result.v[h], rest);
+    }
+    store_pack(dy + at.offset, narrow(result, T{}), lanes);
+  };
+  for_each_element<T>(args.npq, args.k, {args.mean, args.a, args.b, args.c, args.scale, args.shift},
+                      body);
 }
 
 // b = -scale * rstd^2 * sum_gy / n;  c = -scale * sum_g / n;  dgamma = rstd * sum_gy
@@ -415,7 +458,7 @@ void visit_gradient(const Args& args, F f) {
   visit(args.dtype, [&](auto type) {
     const auto* dz = static_cast<const decltype(type)*>(args.dz);
     if (args.scale) {
-      f(type, MaskedGradient<decltype(type)>{dz, args.scale, args.shift});
+      f(type, MaskedGradient<decltype(type)>{dz});
     } else {
       f(type, Gradient<decltype(type)>{dz});
     }
@@ -435,7 +478,7 @@ void affine_act(const AffineAct& args) {
     } else if (!args.rscale) {
       affine_act_kernel(args, type, PlainResidual<T>{residual});
     } else {
-      affine_act_kernel(args, type, AffineResidual<T>{residual, args.rscale, args.rshift});
+      affine_act_kernel(args, type, AffineResidual<T>{residual});
     }
   });
 }
@@ -454,7 +497,7 @@ void affine_act_backward(const AffineActBackward& args) {
   visit(args.dtype, [&](auto type) {
     using T = decltype(type);
     if (args.mask) {
-      affine_act_backward(args, type, GateByMask{args.mask, cdiv(args.k, 8)});
+      affine_act_backward(args, type, GateByMask<T>{args.mask, cdiv(args.k, 8)});
     } else {
       affine_act_backward(args, type, GateByActivation<T>{static_cast<const T*>(args.z)});
     }

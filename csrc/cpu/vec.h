@@ -1,11 +1,12 @@
-// A vector of floats as wide as the instruction set this file is compiled for, with loads and
-// stores that convert. GCC and clang vector extensions give the arithmetic: + - * / < and ?:.
+// Vectors of floats as wide as the instruction set this file is compiled for, and packs: two
+// vectors of channels as they lie in memory, which convert. GCC and clang vector extensions give
+// the arithmetic: + - * / < and ?:.
 //
 // Everything is always_inline, and lives in a namespace of its instruction set: no copy compiled
 // for AVX-512 can be called from the baseline.
 #pragma once
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -22,13 +23,20 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
+/// Channels to a pack: a cache line of 16-bit values with AVX-512.
+constexpr int PACK = 2 * LANES;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
+typedef int32_t VecSigned __attribute__((vector_size(LANES * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));
 typedef uint8_t VecByte __attribute__((vector_size(LANES)));
+typedef uint8_t PackByte __attribute__((vector_size(PACK)));
+typedef int16_t VecHalfSigned __attribute__((vector_size(LANES * 2)));
+typedef uint16_t VecWide __attribute__((vector_size(LANES * 4)));  // as many bits as Vec
+typedef int16_t VecWideSigned __attribute__((vector_size(LANES * 4)));
 
-/// Which lanes a load or a store touches: all of them, or the first n (a row's tail).
+/// Which channels of a pack a load or a store touches: all of them, or the first n (a row's tail).
 struct All {};
 struct First {
   int n;
@@ -51,8 +59,23 @@ RESNET_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-/// max(value, 0), NaN kept.
-RESNET_FAST_INLINE Vec relu(Vec value) { return value < Vec{} ? Vec{} : value; }
+#if defined(__AVX512F__)
+// All lanes, said aloud: GCC 12 warns, inside its own header, about the forms without a mask.
+constexpr __mmask16 ALL_LANES = 0xffff;
+#endif
+
+/// max(value, 0), NaN kept: x86's maximum is its second operand where one of them is NaN.
+RESNET_FAST_INLINE Vec relu(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(ALL_LANES, Vec{}, value);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(Vec{}, value);
+#elif defined(__SSE2__)
+  return _mm_max_ps(Vec{}, value);
+#else
+  return value < Vec{} ? Vec{} : value;
+#endif
+}
 
 /// value where gate > 0 or gate is NaN, else 0: torch's threshold_backward.
 RESNET_FAST_INLINE Vec where_active(Vec gate, Vec value) { return gate <= Vec{} ? Vec{} : value; }
@@ -71,43 +94,126 @@ RESNET_FAST_INLINE void store_bits(T* p, V value) {
   __builtin_memcpy(p, &value, sizeof value);
 }
 
-#if defined(__AVX512F__)
-// All lanes, said aloud: GCC 12 warns, inside its own header, about the forms without a mask.
-constexpr __mmask16 ALL_LANES = 0xffff;
-#endif
+RESNET_FAST_INLINE Vec load(const float* p) { return load_bits<Vec>(p); }
 
-// GCC 12 makes four instructions of these conversions where the intrinsic is one.
+RESNET_FAST_INLINE void store(float* p, Vec value) { store_bits(p, value); }
 
-RESNET_FAST_INLINE VecBits widen_bits(VecHalf half) {
+/// The two vectors of a pack's values. Which channel is where, Storage::channel says.
+struct Pair {
+  Vec v[2];
+};
+
+/// How a pack of T is kept in registers, as it lies in memory: PARTS vectors of bits. SIGNED are
+/// the same as integers with a sign; INF the bits of infinity, SIGN the sign.
+template <class T>
+struct Storage;
+
+template <>
+struct Storage<float> {
+  static constexpr int PARTS = 2;
+  using Bits = uint32_t;
+  static constexpr Bits SIGN = 0x80000000, INF = 0x7f800000;
+  using Part = VecBits;
+  using Signed = VecSigned;
+  static constexpr int channel(int half, int lane) { return half * LANES + lane; }
+};
+
+/// bfloat16 is the upper half of a float. A float's worth of two, shifted or masked, is one of
+/// them: a pack becomes a vector of its even channels and one of its odd ones, and none is moved.
+template <>
+struct Storage<bfloat16> {
+  static constexpr int PARTS = 1;
+  using Bits = uint16_t;
+  static constexpr Bits SIGN = 0x8000, INF = 0x7f80;
+  using Part = VecWide;
+  using Signed = VecWideSigned;
+  static constexpr int channel(int half, int lane) { return 2 * lane + half; }
+};
+
+template <>
+struct Storage<float16> {
+  static constexpr int PARTS = 2;
+  using Bits = uint16_t;
+  static constexpr Bits SIGN = 0x8000, INF = 0x7c00;
+  using Part = VecHalf;
+  using Signed = VecHalfSigned;
+  static constexpr int channel(int half, int lane) { return half * LANES + lane; }
+};
+
+template <class T>
+struct Pack {
+  typename Storage<T>::Part v[Storage<T>::PARTS];
+};
+
+template <class T>
+RESNET_FAST_INLINE Pack<T> load_pack(const T* p, All) {
+  return load_bits<Pack<T>>(p);
+}
+
+template <class T>
+RESNET_FAST_INLINE Pack<T> load_pack(const T* p, First lanes) {
+  Pack<T> pack{};
+  __builtin_memcpy(&pack, p, lanes.n * sizeof(T));
+  return pack;
+}
+
+/// The same; and what lies `ahead` elements further is asked for, which will be read soon.
+template <class T, class Lanes>
+RESNET_FAST_INLINE Pack<T> load_ahead(const T* p, int64_t ahead, Lanes lanes) {
+  constexpr int64_t LINE = 64;
+  for (int64_t i = 0; i == 0 || i < static_cast<int64_t>(sizeof(Pack<T>)); i += LINE) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p + ahead) + i);
+  }
+  return load_pack(p, lanes);
+}
+
+template <class T>
+RESNET_FAST_INLINE void store_pack(T* p, const Pack<T>& pack, All) {
+  store_bits(p, pack);
+}
+
+template <class T>
+RESNET_FAST_INLINE void store_pack(T* p, const Pack<T>& pack, First lanes) {
+  __builtin_memcpy(p, &pack, lanes.n * sizeof(T));
+}
+
+RESNET_FAST_INLINE Pair widen(const Pack<float>& pack) {
+  return {{(Vec)pack.v[0], (Vec)pack.v[1]}};
+}
+
+RESNET_FAST_INLINE Pack<float> narrow(const Pair& pair, float) {
+  return {{(VecBits)pair.v[0], (VecBits)pair.v[1]}};
+}
+
+RESNET_FAST_INLINE Pair widen(const Pack<bfloat16>& pack) {
+  const VecBits bits = (VecBits)pack.v[0];
+  return {{(Vec)(bits << 16), (Vec)(bits & 0xffff0000)}};
+}
+
+/// (a + b + 1) / 2, without overflow.
+RESNET_FAST_INLINE VecWide average(VecWide a, VecWide b) {
 #if defined(__AVX512F__)
-  return (VecBits)_mm512_maskz_cvtepu16_epi32(ALL_LANES, (__m256i)half);
+  return (VecWide)_mm512_avg_epu16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-  return (VecBits)_mm256_cvtepu16_epi32((__m128i)half);
+  return (VecWide)_mm256_avg_epu16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (VecWide)_mm_avg_epu16((__m128i)a, (__m128i)b);
 #else
-  return __builtin_convertvector(half, VecBits);
+  return (a | b) - ((a ^ b) >> 1);
 #endif
 }
 
-RESNET_FAST_INLINE VecHalf narrow_bits(VecBits bits) {
-#if defined(__AVX512F__)
-  return (VecHalf)_mm512_maskz_cvtepi32_epi16(ALL_LANES, (__m512i)bits);
-#elif defined(__AVX2__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);  // per 128-bit half
-  return (VecHalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
-#else
-  return __builtin_convertvector(bits, VecHalf);
-#endif
+/// To nearest, ties to even. The carry from the lower half is the uppermost bit of an average. A
+/// NaN keeps its upper half: the lower one is 0, since it comes from a bfloat16, from an operation,
+/// or from a vector of channels whose NaN is the usual one (see Channels).
+RESNET_FAST_INLINE Pack<bfloat16> narrow(const Pair& pair, bfloat16) {
+  const VecBits even = (VecBits)pair.v[0], odd = (VecBits)pair.v[1];
+  const VecWide upper = (VecWide)(even >> 16 | (odd & 0xffff0000));
+  const VecWide lower = (VecWide)((even & 0xffff) | odd << 16);
+  return {{upper + (average(lower, (upper & 1) | 0x7ffe) >> 15)}};
 }
 
-RESNET_FAST_INLINE Vec widen(VecHalf half, bfloat16) { return (Vec)(widen_bits(half) << 16); }
-
-RESNET_FAST_INLINE VecHalf narrow(Vec value, bfloat16) {
-  const VecBits bits = (VecBits)value;
-  const VecBits rounded = bits + 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
-  return narrow_bits((value != value ? bits | 0x400000 : rounded) >> 16);
-}
-
-RESNET_FAST_INLINE Vec widen(VecHalf half, float16) {
+RESNET_FAST_INLINE Vec widen_half(VecHalf half) {
 #if defined(__AVX512F__)
   return _mm512_maskz_cvtph_ps(ALL_LANES, (__m256i)half);
 #elif defined(__F16C__)
@@ -119,7 +225,7 @@ RESNET_FAST_INLINE Vec widen(VecHalf half, float16) {
 #endif
 }
 
-RESNET_FAST_INLINE VecHalf narrow(Vec value, float16) {
+RESNET_FAST_INLINE VecHalf narrow_half(Vec value) {
 #if defined(__AVX512F__)
   return (VecHalf)_mm512_maskz_cvtps_ph(ALL_LANES, value, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
@@ -131,176 +237,183 @@ RESNET_FAST_INLINE VecHalf narrow(Vec value, float16) {
 #endif
 }
 
-RESNET_FAST_INLINE Vec load(const float* p, All) { return load_bits<Vec>(p); }
-
-template <class Half>
-RESNET_FAST_INLINE Vec load(const Half* p, All) {
-  return widen(load_bits<VecHalf>(p), Half{});
+RESNET_FAST_INLINE Pair widen(const Pack<float16>& pack) {
+  return {{widen_half(pack.v[0]), widen_half(pack.v[1])}};
 }
 
-RESNET_FAST_INLINE void store(float* p, Vec value, All) { store_bits(p, value); }
-
-template <class Half>
-RESNET_FAST_INLINE void store(Half* p, Vec value, All) {
-  store_bits(p, narrow(value, Half{}));
+RESNET_FAST_INLINE Pack<float16> narrow(const Pair& pair, float16) {
+  return {{narrow_half(pair.v[0]), narrow_half(pair.v[1])}};
 }
 
-#if defined(__AVX512F__)
-
-RESNET_FAST_INLINE __mmask16 mask(First lanes) {
-  return static_cast<__mmask16>((1u << lanes.n) - 1);
+/// As where_active, in the storage type: nothing is rounded.
+template <class T>
+RESNET_FAST_INLINE Pack<T> where_active(const Pack<T>& gate, const Pack<T>& value) {
+  using S = Storage<T>;
+  Pack<T> result;
+  for (int i = 0; i < S::PARTS; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      result.v[i] = (VecBits)where_active((Vec)gate.v[i], (Vec)value.v[i]);
+    } else {
+      const auto positive = (typename S::Signed)gate.v[i] > 0;
+      const auto negative_nan = gate.v[i] > static_cast<uint16_t>(S::SIGN | S::INF);
+      result.v[i] = (positive | negative_nan) ? value.v[i] : typename S::Part{};
+    }
+  }
+  return result;
 }
 
-RESNET_FAST_INLINE Vec load(const float* p, First lanes) {
-  return _mm512_maskz_loadu_ps(mask(lanes), p);
-}
+// Masks: a row of ceil(k / 8) bytes, bit i of byte j for channel 8 * j + i. A pack has whole bytes.
 
-template <class Half>
-RESNET_FAST_INLINE Vec load(const Half* p, First lanes) {
-  return widen((VecHalf)_mm256_maskz_loadu_epi16(mask(lanes), p), Half{});
-}
-
-RESNET_FAST_INLINE void store(float* p, Vec value, First lanes) {
-  _mm512_mask_storeu_ps(p, mask(lanes), value);
-}
-
-template <class Half>
-RESNET_FAST_INLINE void store(Half* p, Vec value, First lanes) {
-  _mm256_mask_storeu_epi16(p, mask(lanes), (__m256i)narrow(value, Half{}));
-}
-
-#else
-
-RESNET_FAST_INLINE Vec load(const float* p, First lanes) {
-  Vec value{};
-  for (int i = 0; i < lanes.n; ++i) value[i] = p[i];
-  return value;
-}
-
-template <class Half>
-RESNET_FAST_INLINE Vec load(const Half* p, First lanes) {
-  VecHalf half{};
-  for (int i = 0; i < lanes.n; ++i) half[i] = p[i].bits;
-  return widen(half, Half{});
-}
-
-RESNET_FAST_INLINE void store(float* p, Vec value, First lanes) {
-  for (int i = 0; i < lanes.n; ++i) p[i] = value[i];
-}
-
-template <class Half>
-RESNET_FAST_INLINE void store(Half* p, Vec value, First lanes) {
-  const VecHalf half = narrow(value, Half{});
-  for (int i = 0; i < lanes.n; ++i) p[i].bits = half[i];
-}
-
-#endif
-
-/// The value as its storage type keeps it.
-RESNET_FAST_INLINE Vec as_stored(Vec value, float) { return value; }
-
-template <class Half>
-RESNET_FAST_INLINE Vec as_stored(Vec value, Half) {
-  return widen(narrow(value, Half{}), Half{});
-}
-
-// Masks: a row of ceil(k / 8) bytes, bit i of byte j for channel 8 * j + i.
-
-/// Bit i is set where a gradient passes lane i: where the gate is > 0 or NaN.
-RESNET_FAST_INLINE uint32_t active_bits(Vec gate) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(gate, Vec{}, _CMP_NLE_UQ);
-#elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(gate, Vec{}, _CMP_NLE_UQ)));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < LANES; ++i) bits |= (gate[i] <= 0 ? 0u : 1u) << i;
-  return bits;
-#endif
-}
-
-/// value where the lane's bit is set, else 0.
-RESNET_FAST_INLINE Vec where_bits(uint32_t bits, Vec value) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), value);
-#else
-  VecBits lane;
-  for (int i = 0; i < LANES; ++i) lane[i] = 1u << i;
-  return ((VecBits{} + bits) & lane) != 0 ? value : Vec{};
-#endif
-}
-
-/// The bits of a whole vector from `channel` on, or of a row's tail.
 RESNET_FAST_INLINE uint32_t load_mask(const uint8_t* row, int64_t channel, All) {
-  const uint8_t* p = row + channel / 8;
-  if constexpr (LANES == 16) return load_bits<uint16_t>(p);
-  return LANES == 8 ? *p : *p >> channel % 8;
+  uint32_t bits = 0;
+  __builtin_memcpy(&bits, row + channel / 8, PACK / 8);
+  return bits;
 }
 
 RESNET_FAST_INLINE uint32_t load_mask(const uint8_t* row, int64_t channel, First lanes) {
   uint32_t bits = 0;
-  for (int i = 0; i < lanes.n; i += 8) bits |= uint32_t{row[(channel + i) / 8]} << i;
-  return LANES == 4 ? bits >> channel % 8 : bits;
+  __builtin_memcpy(&bits, row + channel / 8, (lanes.n + 7) / 8);
+  return bits;
 }
 
-/// Sets them; vectors must come in order of channels: where one is half a byte, the first of the
-/// two clears the other's half.
 RESNET_FAST_INLINE void store_mask(uint8_t* row, int64_t channel, uint32_t bits, All) {
-  uint8_t* p = row + channel / 8;
-  if constexpr (LANES == 16) {
-    store_bits(p, static_cast<uint16_t>(bits));
-  } else {
-    *p = static_cast<uint8_t>(channel % 8 == 0 ? bits : *p | bits << channel % 8);
-  }
+  __builtin_memcpy(row + channel / 8, &bits, PACK / 8);
 }
 
 RESNET_FAST_INLINE void store_mask(uint8_t* row, int64_t channel, uint32_t bits, First lanes) {
   bits &= (1u << lanes.n) - 1;
-  if (LANES == 4) return store_mask(row, channel, bits, All{});
-  for (int i = 0; i < lanes.n; i += 8) {
-    row[(channel + i) / 8] = static_cast<uint8_t>(bits >> i);
+  __builtin_memcpy(row + channel / 8, &bits, (lanes.n + 7) / 8);
+}
+
+/// value in the lanes whose bit is set, else 0.
+template <class T>
+RESNET_FAST_INLINE Pack<T> where_bits(uint32_t bits, const Pack<T>& value) {
+  using Part = typename Storage<T>::Part;
+  constexpr int COUNT = PACK / Storage<T>::PARTS;
+  Pack<T> result;
+  for (int i = 0; i < Storage<T>::PARTS; ++i) {
+    const uint32_t part = bits >> (i * COUNT);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      result.v[i] = (Part)_mm512_maskz_mov_epi32(static_cast<__mmask16>(part), (__m512i)value.v[i]);
+    } else if constexpr (COUNT == PACK) {
+      result.v[i] = (Part)_mm512_maskz_mov_epi16(part, (__m512i)value.v[i]);
+    } else {
+      result.v[i] = (Part)_mm256_maskz_mov_epi16(static_cast<__mmask16>(part), (__m256i)value.v[i]);
+    }
+#else
+    Part lane{}, all{};
+    for (int j = 0; j < COUNT; ++j) lane[j] = 1u << j;
+    for (int j = 0; j < COUNT; ++j) all[j] = part;
+    result.v[i] = (all & lane) != 0 ? value.v[i] : Part{};
+#endif
+  }
+  return result;
+}
+
+/// A bit for each channel where the gate, as stored, lets a gradient pass: where it is > 0 or NaN.
+template <class T>
+RESNET_FAST_INLINE uint32_t active_bits(const Pack<T>& gate) {
+  using S = Storage<T>;
+  constexpr int COUNT = PACK / S::PARTS;
+  uint32_t bits = 0;
+  for (int i = 0; i < S::PARTS; ++i) {
+    uint32_t part = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      part = _mm512_cmp_ps_mask((Vec)gate.v[i], Vec{}, _CMP_NLE_UQ);
+    } else {
+      const auto infinity = typename S::Part{} + static_cast<uint16_t>(S::SIGN | S::INF);
+      if constexpr (COUNT == PACK) {
+        const __m512i v = (__m512i)gate.v[i];
+        part =
+            _mm512_cmpgt_epi16_mask(v, __m512i{}) | _mm512_cmpgt_epu16_mask(v, (__m512i)infinity);
+      } else {
+        const __m256i v = (__m256i)gate.v[i];
+        part =
+            _mm256_cmpgt_epi16_mask(v, __m256i{}) | _mm256_cmpgt_epu16_mask(v, (__m256i)infinity);
+      }
+    }
+#else
+    const auto one = typename S::Part{} + 1;
+    const Pack<T> ones = where_active(Pack<T>{{gate.v[i]}}, Pack<T>{{one}});
+    for (int j = 0; j < COUNT; ++j) part |= static_cast<uint32_t>(ones.v[0][j]) << j;
+#endif
+    bits |= part << (i * COUNT);
+  }
+  return bits;
+}
+
+// Bytes, one to a channel.
+
+/// Bytes as 32-bit integers, in the order of widen().
+template <class T>
+RESNET_FAST_INLINE void widen_bytes(const uint8_t (&bytes)[PACK], VecBits (&out)[2]) {
+  if constexpr (Storage<T>::PARTS == 1) {
+#if defined(__AVX512F__)
+    const VecBits wide = (VecBits)_mm512_cvtepu8_epi16(load_bits<__m256i>(bytes));
+#elif defined(__AVX2__)
+    const VecBits wide = (VecBits)_mm256_cvtepu8_epi16(load_bits<__m128i>(bytes));
+#else
+    const VecBits wide = (VecBits) __builtin_convertvector(load_bits<PackByte>(bytes), VecWide);
+#endif
+    out[0] = wide & 0xffff;
+    out[1] = wide >> 16;
+  } else {
+    for (int h = 0; h < 2; ++h) {
+#if defined(__AVX512F__)
+      const __m128i part = load_bits<__m128i>(bytes + h * LANES);
+      out[h] = (VecBits)_mm512_maskz_cvtepu8_epi32(ALL_LANES, part);
+#elif defined(__AVX2__)
+      const __m128i part = _mm_cvtsi64_si128(load_bits<int64_t>(bytes + h * LANES));
+      out[h] = (VecBits)_mm256_cvtepu8_epi32(part);
+#else
+      out[h] = __builtin_convertvector(load_bits<VecByte>(bytes + h * LANES), VecBits);
+#endif
+    }
   }
 }
 
-// Bytes, one to a lane.
+template <class T>
+RESNET_FAST_INLINE void load_bytes(const uint8_t* p, VecBits (&out)[2], All) {
+  widen_bytes<T>(*reinterpret_cast<const uint8_t (*)[PACK]>(p), out);
+}
 
-RESNET_FAST_INLINE VecBits load_bytes(const uint8_t* p, All) {
+template <class T>
+RESNET_FAST_INLINE void load_bytes(const uint8_t* p, VecBits (&out)[2], First lanes) {
+  uint8_t bytes[PACK] = {};
+  __builtin_memcpy(bytes, p, lanes.n);
+  widen_bytes<T>(bytes, out);
+}
+
+/// The lowest byte of each lane of a pack's parts.
+template <class T>
+RESNET_FAST_INLINE void store_bytes(uint8_t* p, const Pack<T>& pack, All) {
+  constexpr int COUNT = PACK / Storage<T>::PARTS;
+  for (int i = 0; i < Storage<T>::PARTS; ++i) {
 #if defined(__AVX512F__)
-  return (VecBits)_mm512_maskz_cvtepu8_epi32(ALL_LANES, load_bits<__m128i>(p));
-#elif defined(__AVX2__)
-  return (VecBits)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load_bits<int64_t>(p)));
+    if constexpr (sizeof(T) == 4) {
+      store_bits(p + i * COUNT, _mm512_maskz_cvtepi32_epi8(ALL_LANES, (__m512i)pack.v[i]));
+    } else if constexpr (COUNT == PACK) {
+      store_bits(p + i * COUNT, _mm512_maskz_cvtepi16_epi8(~0u, (__m512i)pack.v[i]));
+    } else {
+      store_bits(p + i * COUNT, _mm256_maskz_cvtepi16_epi8(ALL_LANES, (__m256i)pack.v[i]));
+    }
 #else
-  return __builtin_convertvector(load_bits<VecByte>(p), VecBits);
+    if constexpr (COUNT == PACK) {
+      store_bits(p, __builtin_convertvector(pack.v[i], PackByte));
+    } else {
+      store_bits(p + i * COUNT, __builtin_convertvector(pack.v[i], VecByte));
+    }
 #endif
+  }
 }
 
-RESNET_FAST_INLINE VecBits load_bytes(const uint8_t* p, First lanes) {
-  VecBits value{};
-  for (int i = 0; i < lanes.n; ++i) value[i] = p[i];
-  return value;
-}
-
-RESNET_FAST_INLINE void store_bytes(uint8_t* p, VecBits value, All) {
-#if defined(__AVX512F__)
-  store_bits(p, _mm512_maskz_cvtepi32_epi8(ALL_LANES, (__m512i)value));
-#else
-  store_bits(p, __builtin_convertvector(value, VecByte));
-#endif
-}
-
-RESNET_FAST_INLINE void store_bytes(uint8_t* p, VecBits value, First lanes) {
-  for (int i = 0; i < lanes.n; ++i) p[i] = static_cast<uint8_t>(value[i]);
-}
-
-/// The larger of two unsigned integers.
-RESNET_FAST_INLINE VecBits larger(VecBits a, VecBits b) {
-#if defined(__AVX512F__)
-  return (VecBits)_mm512_maskz_max_epu32(ALL_LANES, (__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (VecBits)_mm256_max_epu32((__m256i)a, (__m256i)b);
-#else
-  return a > b ? a : b;
-#endif
+template <class T>
+RESNET_FAST_INLINE void store_bytes(uint8_t* p, const Pack<T>& pack, First lanes) {
+  uint8_t bytes[PACK];
+  store_bytes(bytes, pack, All{});
+  __builtin_memcpy(p, bytes, lanes.n);
 }
 
 }  // namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE

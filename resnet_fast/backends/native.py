@@ -590,6 +590,7 @@ def _conv_backward(
     dx, dw = x.new_empty(0), x.new_empty(0)
     wide = dy.dtype
     if needs[0]:
+        residual = None if residual is None else _matrix("residual", residual, x)
         if residual is not None and residual.dtype != wide:
             residual, overwrite = residual.to(wide, memory_format=CHANNELS_LAST), True
         dx = library.conv_dgrad(dy, w.to(wide), list(x.shape), *geometry, residual, overwrite).to(x.dtype)

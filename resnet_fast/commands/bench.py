@@ -233,7 +233,9 @@ def _notes(options: _Options) -> str:
     compile_ = f"; compile: torch.compile{freezing}, channels_last; its first call compiles" if (
         "compile" in options.against
     ) else ""  # fmt: skip
-    return f"{step}; x: median over rounds of the ratio within a round; peak: {where}, above the weights{compile_}"
+    saved = "; saved: kept for the backward, parameters not counted" if options.mode == "training" else ""
+    ratio = "x: median over rounds of the ratio within a round"
+    return f"{step}; {ratio}; peak: {where}, above the weights{saved}{compile_}"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -85,17 +85,18 @@ def _bytes(count: int | None) -> str:
 
 
 def speed(title: str, results: Sequence[Result], baseline: str) -> str:
-    """One setting's contenders: images per second, ms a call, ratio to the baseline, peak memory."""
-    lines = [["", "img/s", f"x {baseline}", "ms p50", "p20", "p80", "peak", "first call"]]
+    """One setting's contenders: images per second, ms a call, ratio to the baseline, memory."""
+    lines = [["", "img/s", f"x {baseline}", "ms p50", "p20", "p80", "peak", "saved", "first call"]]
     notes = []
     for r in results:
         if r.failed is not None or r.ms is None or r.images_per_second is None or r.ratio is None:
-            lines.append([r.name, *[""] * 7])
+            lines.append([r.name, *[""] * 8])
             notes.append(f"  {r.name} cannot run: {r.failed}")
             continue
         p20, p50, p80 = (f"{t:.1f}" if t >= 10 else f"{t:.2f}" for t in r.ms)
         first = f"{r.first:.1f} s" if r.first is not None and r.name == "compile" else ""
-        lines.append([r.name, f"{r.images_per_second:.1f}", f"{r.ratio:.2f}", p50, p20, p80, _bytes(r.peak), first])
+        memory = _bytes(r.peak), _bytes(r.saved)
+        lines.append([r.name, f"{r.images_per_second:.1f}", f"{r.ratio:.2f}", p50, p20, p80, *memory, first])
     done = next((r for r in results if r.rounds), None)
     rounds = f" ({done.rounds} rounds)" if done else ""
-    return "\n".join([title + rounds, table(lines, right=range(1, 8)), *notes])
+    return "\n".join([title + rounds, table(lines, right=range(1, 9)), *notes])

@@ -19,11 +19,23 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
+from resnet_fast import buffers
 
 from .equality import LOSS_SCALE, autocast, in_layout, loss
 from .progress import Progress
 
-__all__ = ["AGAINST", "Contender", "Result", "Setting", "contenders", "empty_cache", "measure", "memory", "quantile"]
+__all__ = [
+    "AGAINST",
+    "Contender",
+    "Result",
+    "Setting",
+    "contenders",
+    "empty_cache",
+    "measure",
+    "memory",
+    "quantile",
+    "saved",
+]
 
 #: What ours can be timed against, in the order of the table.
 AGAINST = ("eager", "channels_last", "compile")
@@ -58,8 +70,9 @@ class Result(NamedTuple):
     """One contender in one setting.
 
     ``ms``: p20, p50, p80 of one call, over ``rounds`` turns of ``calls`` calls. ``ratio``: the median over rounds of
-    the baseline's time by this one's in the same round. ``peak``: bytes (see :func:`memory`). ``first``: seconds of the
-    first call, compilation in it. ``failed``: why there are no numbers.
+    the baseline's time by this one's in the same round. ``peak``: bytes (see :func:`memory`). ``saved``: bytes kept for
+    the backward of a training step (see :func:`saved`). ``first``: seconds of the first call, compilation in it.
+    ``failed``: why there are no numbers.
     """
 
     name: str
@@ -67,6 +80,7 @@ class Result(NamedTuple):
     images_per_second: float | None = None
     ratio: float | None = None
     peak: int | None = None
+    saved: int | None = None
     first: float | None = None
     rounds: int = 0
     calls: int = 0
@@ -185,8 +199,10 @@ def memory(call: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that one call holds at its peak, above what was held before it: activations, not weights.
 
     On a GPU of the caching allocator's own count. On a CPU the highest running sum of the allocations and frees that
-    torch's profiler records; a library's scratch memory, which does not come from torch's allocator, is not in it.
+    torch's profiler records; a library's scratch memory, which does not come from torch's allocator, is not in it. What
+    this package keeps from call to call is given back first, so that it counts.
     """
+    buffers.release()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -207,6 +223,22 @@ def memory(call: Callable[[], Any], device: torch.device) -> int | None:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def saved(call: Callable[[], Any]) -> int:
+    """Bytes that one call has autograd keep for its backward: every tensor once, parameters not."""
+    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if not (t.is_leaf and t.requires_grad):
+            storage = t.untyped_storage()  # held, lest its address be used again
+            _, most = kept.get(storage.data_ptr(), (storage, 0))
+            kept[storage.data_ptr()] = (storage, max(most, t.numel() * t.element_size()))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return sum(nbytes for _, nbytes in kept.values())
 
 
 def _turn(call: Callable[[], Any], calls: int, device: torch.device) -> float:
@@ -249,6 +281,7 @@ def measure(
     first: dict[str, float] = {}
     calls: dict[str, int] = {}
     peak: dict[str, int | None] = {}
+    kept: dict[str, int | None] = {}
     once: dict[str, float] = {}
     device = setting.device
     torch._dynamo.reset()
@@ -263,6 +296,7 @@ def measure(
                     begin = time.perf_counter()
                     peak[c.name] = memory(c.call, device)
                     once[c.name] = time.perf_counter() - begin
+                    kept[c.name] = saved(c.call) if setting.mode == "training" else None
                     if once[c.name] < 1:  # else it is known well enough, and warm
                         once[c.name] = min(_turn(c.call, 1, device) for _ in range(2))
                     calls[c.name] = max(1, round(_TURN / max(once[c.name], 1e-6)))
@@ -297,6 +331,7 @@ def measure(
                 setting.batch / p50,
                 ratio,
                 peak[c.name],
+                kept[c.name],
                 first[c.name],
                 rounds,
                 calls[c.name],

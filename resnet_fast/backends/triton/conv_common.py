@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import CHANNELS_LAST, INTERPRETED, affine, channels, relu, where_active
+from .common import CHANNELS_LAST, INTERPRETED, affine, relu, where_active
 
 
 class Config(NamedTuple):
@@ -101,11 +101,16 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def plain_tile(dtype: torch.dtype) -> str | None:
-    """The name of the one tile for all shapes that the interpreter and float32 have, or None."""
+def plain_tile(geometry: Geometry, dtype: torch.dtype) -> str | None:
+    """The name of the one tile that serves all shapes of a kind, or None: shapes of 16-bit ResNets have their own.
+
+    "interpreted"; "ieee" and "tf32" for float32; "odd" where rows are not aligned to 16 bytes, so that loads are narrow.
+    """
     if INTERPRETED:
         return "interpreted"
-    return precision(dtype) if dtype == torch.float32 else None
+    if dtype == torch.float32:
+        return precision(dtype)
+    return "odd" if geometry.C % 16 or geometry.K % 16 else None
 
 
 def grouped(tiles: int, blocks: int, tile: Config, device: torch.device) -> tuple[int, int]:
@@ -126,10 +131,14 @@ def load_activation(x, scale, shift, rows, channel, inside, C):
 
     ``rows`` (BLOCK,) int32 are offsets of pixels from x, ``inside`` (BLOCK,) says which of them are in the image.
     """
-    mask = inside[:, None] & (channel < C)[None, :]
+    # Vectors are loaded here and not by ``channels``: to the interpreter a call of another function is a millisecond.
+    present = channel < C
+    mask = inside[:, None] & present[None, :]
     tile = tl.load(x + (rows[:, None] + channel[None, :]), mask=mask, other=0.0)
     if scale is not None:
-        value = relu(affine(tile.to(tl.float32), channels(scale, channel, C), channels(shift, channel, C)))
+        scales = tl.load(scale + channel, mask=present, other=0.0)[None, :]
+        shifts = tl.load(shift + channel, mask=present, other=0.0)[None, :]
+        value = relu(affine(tile.to(tl.float32), scales, shifts))
         tile = tl.where(mask, value, 0.0).to(tile.dtype)  # the padding is 0 after the transform
     return tile
 
@@ -140,16 +149,23 @@ def load_gradient(g, y, mean, a, b, c, gscale, gshift, rows, k, inside, K):
 
     With gscale, g is 0 where y * gscale + gshift <= 0.
     """
-    mask = inside[:, None] & (k < K)[None, :]
+    present = k < K
+    mask = inside[:, None] & present[None, :]
     tile = tl.load(g + (rows[:, None] + k[None, :]), mask=mask, other=0.0)
     if y is not None:
         value = tl.load(y + (rows[:, None] + k[None, :]), mask=mask, other=0.0).to(tl.float32)
         dz = tile.to(tl.float32)
         if gscale is not None:
-            dz = where_active(affine(value, channels(gscale, k, K), channels(gshift, k, K)), dz)
+            scales = tl.load(gscale + k, mask=present, other=0.0)[None, :]
+            shifts = tl.load(gshift + k, mask=present, other=0.0)[None, :]
+            dz = where_active(affine(value, scales, shifts), dz)
+        centre = tl.load(mean + k, mask=present, other=0.0)[None, :]
+        of_y = tl.load(b + k, mask=present, other=0.0)[None, :]
+        constant = tl.load(c + k, mask=present, other=0.0)[None, :]
+        of_g = tl.load(a + k, mask=present, other=0.0)[None, :]
         # In the order of bn_backward_apply_kernel, so that both round alike.
-        rest = tl.fma(value - channels(mean, k, K), channels(b, k, K), channels(c, k, K))
-        tile = tl.where(mask, tl.fma(dz, channels(a, k, K), rest), 0.0).to(g.dtype.element_ty)
+        dy = tl.fma(dz, of_g, tl.fma(value - centre, of_y, constant))
+        tile = tl.where(mask, dy, 0.0).to(tile.dtype)
     return tile
 
 

@@ -20,9 +20,10 @@ from .conv_common import Config, Geometry, Gradient, grouped, halves, image, loa
 # rows: pixels of dx; columns: channels of dx (C); depth: channels of dy (K). A lazy gradient has two tiles to load per
 # step where a plain one has one, and both in fp32 at once: half the depth, for the same registers.
 CONFIGS: dict[str, Config] = {
-    "interpreted": Config(rows=256, columns=128, depth=64, warps=4, stages=1, per_sm=1),
+    "interpreted": Config(rows=256, columns=128, depth=128, warps=4, stages=1, per_sm=1),
     "ieee": Config(rows=64, columns=64, depth=16, warps=8, stages=3, per_sm=2),
     "tf32": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
+    "odd": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
     "narrow_1x1": Config(rows=128, columns=64, depth=32, warps=4, stages=4, per_sm=2),
     "narrow_3x3": Config(rows=128, columns=64, depth=64, warps=8, stages=3, per_sm=1),
     "wide": Config(rows=128, columns=128, depth=64, warps=8, stages=3, per_sm=1),
@@ -33,8 +34,8 @@ CONFIGS: dict[str, Config] = {
 def config(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> Config:
     """The tile for this shape."""
     if geometry.C <= 64:
-        return CONFIGS[plain_tile(dtype) or f"narrow_{geometry.R}x{geometry.R}"]
-    return CONFIGS[plain_tile(dtype) or ("wide_lazy" if lazy else "wide")]
+        return CONFIGS[plain_tile(geometry, dtype) or f"narrow_{geometry.R}x{geometry.R}"]
+    return CONFIGS[plain_tile(geometry, dtype) or ("wide_lazy" if lazy else "wide")]
 
 
 @triton.jit

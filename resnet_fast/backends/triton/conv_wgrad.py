@@ -29,6 +29,7 @@ CONFIGS: dict[str, Config] = {
     "interpreted": Config(rows=128, columns=32, depth=256, warps=4, stages=1, per_sm=1),
     "ieee": Config(rows=64, columns=64, depth=16, warps=8, stages=3, per_sm=2),
     "tf32": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
+    "odd": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
     "narrow": Config(rows=64, columns=64, depth=64, warps=4, stages=3, per_sm=2),
     "narrow_lazy": Config(rows=64, columns=64, depth=32, warps=4, stages=4, per_sm=2),
     "wide": Config(rows=128, columns=128, depth=64, warps=8, stages=3, per_sm=1),
@@ -41,7 +42,7 @@ _BLOCK = 512
 def config(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> Config:
     """The tile for this shape."""
     width = "narrow" if min(geometry.C, geometry.K) <= 64 else "wide"
-    return CONFIGS[plain_tile(dtype) or (f"{width}_lazy" if lazy else width)]
+    return CONFIGS[plain_tile(geometry, dtype) or (f"{width}_lazy" if lazy else width)]
 
 
 @triton.jit(do_not_specialize=["NPQ", "H", "W", "P", "Q", "blocks_per_split"])

@@ -9,7 +9,9 @@ struct __nv_bfloat16 {
   uint16_t bits;
 
   constexpr __nv_bfloat16() : bits() {}  // without it g++ would guard static arrays of these
-  __nv_bfloat16(float value) : bits(resnet_fast::from_float<resnet_fast::bfloat16>(value).bits) {}
+  // Any NaN becomes the one that a GPU's conversion makes.
+  __nv_bfloat16(float value)
+      : bits(value != value ? 0x7fff : resnet_fast::from_float<resnet_fast::bfloat16>(value).bits) {}
   operator float() const { return resnet_fast::to_float(resnet_fast::bfloat16{bits}); }
 };
 

@@ -9,7 +9,9 @@ struct __half {
   uint16_t bits;
 
   constexpr __half() : bits() {}  // without it g++ would guard static arrays of these
-  __half(float value) : bits(resnet_fast::from_float<resnet_fast::float16>(value).bits) {}
+  // Any NaN becomes the one that a GPU's conversion makes.
+  __half(float value)
+      : bits(value != value ? 0x7fff : resnet_fast::from_float<resnet_fast::float16>(value).bits) {}
   operator float() const { return resnet_fast::to_float(resnet_fast::float16{bits}); }
 };
 
