@@ -18,9 +18,10 @@ constexpr int64_t PIVOT_ROWS = 8;
 constexpr int64_t ELEMENT_K = 1024;
 
 /// Where a pack lies: at `offset` of the matrix, which is `channel` of `row`, and `local` channels
-/// from the first of its block.
+/// from the first of its block. What lies `ahead` further is to be asked for, where rows are read
+/// side by side: the processor's own prefetchers lose their way there.
 struct At {
-  int64_t offset, row, channel, local, ahead = 0;
+  int64_t offset, row, channel, local, ahead;
 };
 
 /// The skeleton of every elementwise op: calls body(at, lanes, vectors) on every pack of an (npq,
@@ -123,7 +124,7 @@ void normalise(const Args& args, int64_t c, double mean, double m2, double n) {
   args.shift[c] = static_cast<float>((args.beta ? args.beta[c] : 0.0) - mean * scale);
 }
 
-// mean = sum(y) / NPQ; var = sum((y - mean)^2) / (NPQ - 1); rstd, scale, shift follow
+// mean = sum(y) / NPQ;  var = sum((y - mean)^2) / (NPQ - 1);  rstd, scale, shift follow
 // Shapes    y (NPQ, K) channels-last; gamma, beta, mean, var, rstd, scale, shift (K,) fp32;
 //           workspace (3, row blocks, padded(K)) fp32
 // Tiles     BLOCK_NPQ x BLOCK_K; a thread takes a run of them, channel blocks first
@@ -322,7 +323,7 @@ struct GateByMask {
   }
 };
 
-// g = dz where z > 0 else 0; sum_g = sum(g); sum_gy = sum(g * (y - mean)); sum_gry likewise
+// g = dz where z > 0 else 0;  sum_g = sum(g);  sum_gy = sum(g * (y - mean));  sum_gry likewise
 // Shapes    dz, z, y, ry, g (NPQ, K) channels-last; mask (NPQ, ceil(K / 8)) bytes; mean, rmean,
 //           sums (K,) fp32; workspace (SUMS, row blocks, padded(K)) fp32
 // Tiles     as bn_stats
@@ -387,7 +388,7 @@ struct MaskedGradient {
   }
 };
 
-// sum_g = sum(g); sum_gy = sum(g * (y - mean)); g = dz where y * scale + shift > 0 else 0
+// sum_g = sum(g);  sum_gy = sum(g * (y - mean));  g = dz where y * scale + shift > 0 else 0
 // Shapes    dz, y (NPQ, K) channels-last; mean, scale, shift, sums (K,) fp32; workspace (2, row
 //           blocks, padded(K)) fp32
 // Tiles     as bn_stats

@@ -99,7 +99,7 @@ struct Windows {
   int64_t image, p, p_end, q, q_end;
 };
 
-// z = max of relu(y * scale + shift) over 3 x 3; index = its place, or 9 where z is not > 0
+// z = max of relu(y * scale + shift) over 3 x 3;  index = its place, or 9 where z is not > 0
 // Shapes    y (N, H, W, K), z, index (N, P, Q, K) channels-last; scale, shift (K,) fp32
 // Tiles     BLOCK_P x BLOCK_Q windows of one image, shared out to the threads; in each, groups of
 //           PACKS packs of channels
@@ -259,7 +259,7 @@ struct Rows {
   }
 };
 
-// sum_g = sum(g); sum_gy = sum(g * (y - mean)); g = sum of the dz whose index points at y
+// sum_g = sum(g);  sum_gy = sum(g * (y - mean));  g = sum of the dz whose index points at y
 // Shapes    dz, index (N, P, Q, K), y (N, H, W, K) channels-last; mean, sums (K,) fp32; workspace
 //           (2, tiles, padded(K)) fp32
 // Tiles     some rows of at most BLOCK_Q windows, as many as leave no more tiles than bn_workspace

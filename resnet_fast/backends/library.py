@@ -2,7 +2,7 @@
 
 Operands are written out (nothing is lazy here), channels-last, of one dtype. A 1x1 convolution is a matrix product of
 the (NPQ, C) matrix that channels-last memory is: on a CPU its gradients run as one, which beats the library's own
-convolutions there and can add to what is already in memory (docs/conv.md, entry 8).
+convolutions there and can add to what is already in memory (docs/conv.md, entries 10 and 11).
 """
 
 from __future__ import annotations

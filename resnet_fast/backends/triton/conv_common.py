@@ -104,7 +104,7 @@ def precision(dtype: torch.dtype) -> str:
 def plain_tile(geometry: Geometry, dtype: torch.dtype) -> str | None:
     """The name of the one tile that serves all shapes of a kind, or None: shapes of 16-bit ResNets have their own.
 
-    "interpreted"; "ieee" and "tf32" for float32; "odd" where rows are not aligned to 16 bytes, so that loads are narrow.
+    "interpreted"; "ieee" and "tf32" for float32; "odd" where rows are not aligned, so that loads are narrow.
     """
     if INTERPRETED:
         return "interpreted"
