@@ -2,7 +2,7 @@
 
 glibc maps every block of 32 MB or more anew and gives it back when it is freed, and shrinks its heap whenever enough of
 its end is free, so calls pay for thousands of page faults: on the machine of docs/conv.md, entry 5, a quarter of the
-time of a batch of 16 in inference; in training it comes and goes with the state of the heap (docs/bn_act.md, entry 9).
+time of a batch of 16 in inference; in training it comes and goes with the state of the heap (entry 14).
 Here such blocks are kept and handed out again once nobody holds them.
 
 What is kept, in use and idle together, never exceeds the most that was ever in use at once, or ``IDLE`` more than is in

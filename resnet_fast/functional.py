@@ -360,35 +360,57 @@ class _Backward:
         needs_x: bool,
         residual: Tensor | None = None,
         index: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Sequence[Tensor], tuple[Tensor, Tensor] | None]:
         """Layer i's gradients into ``grads``; returns its input's, with ``residual`` added, which may be overwritten.
 
         ``dz`` behind the ReLU of ``mask``, or behind the pooling that ``index`` is of. ``before``: the layer it reads,
-        None for x. Where ``needs_x`` is False the gradient returned has no elements.
+        None for x. Where ``needs_x`` is False the gradient returned has no elements. Beside it the mask that it still
+        needs, and the sums, of the layer before.
         """
         layer, needs_w = self.layers[i], self.needs[i][0]
         lazy: tuple[Tensor, ...] = (layer.y, layer.mean, *self.coefficients(i, sums))
         if index is not None:
             dz, lazy = ops.maxpool_backward_apply(dz, index, *lazy), ()
         gradient = dict(zip(("y", "mean", "a", "b", "c", "gscale", "gshift"), (*lazy, *mask), strict=False))
-        x, scale, shift = self.x, None, None
-        if before is not None and needs_w:
-            x, scale, shift = self.layers[before].operand(self.static.relu[before])
-        elif before is not None:
-            x = self.layers[before].y  # its size alone is needed
         if not (needs_x or needs_w):
-            return dz.new_empty(0)
+            return dz.new_empty(0), (), None
+        if before is None:
+            dx = self._convolution(i, dz, gradient, (self.x, None, None), needs_x, residual)
+            return dx, (), None
+        previous, relu = self.layers[before], self.static.relu[before]
+        fused = None
+        if needs_x and relu and not mask and self.needs_sums(before) and not torch.compiler.is_compiling():
+            fused = hook("conv_backward", "sums", dz.device, dz.dtype)
+        if fused is not None:
+            affine = previous.mean, previous.scale, previous.shift
+            dx, dw, *both = fused(dz, previous.y, layer.w, *self.static.conv(i), needs_w, *affine, **gradient)
+            if needs_w:
+                self.grads[_PER_LAYER * i] = dw
+            return dx, (), (both[0], both[1])
+        operand = previous.operand(relu) if needs_w else (previous.y, None, None)  # else its size alone is needed
+        dx = self._convolution(i, dz, gradient, operand, needs_x, residual)
+        if not needs_x:
+            return dx, (), None
+        mask, sums = self.mask(before), None
+        if self.needs_sums(before):
+            sums = ops.bn_backward_sums(dx, previous.y, previous.mean, *mask)
+        return dx, mask, sums
+
+    def _convolution(
+        self,
+        i: int,
+        dz: Tensor,
+        gradient: dict[str, Tensor],
+        operand: tuple[Tensor, Tensor | None, Tensor | None],
+        needs_x: bool,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """Layer i's convolution: dw into ``grads``; returns dx."""
+        x, scale, shift = operand
+        w, needs_w = self.layers[i].w, self.needs[i][0]
+        affine = {"scale": scale, "shift": shift}
         dx, dw = _conv_backward(
-            dz,
-            x,
-            layer.w,
-            *self.static.conv(i),
-            needs_x,
-            needs_w,
-            scale=scale,
-            shift=shift,
-            **gradient,
-            residual=residual,
+            dz, x, w, *self.static.conv(i), needs_x, needs_w, **affine, **gradient, residual=residual
         )
         if needs_w:
             self.grads[_PER_LAYER * i] = dw
@@ -462,7 +484,7 @@ class _Block(torch.autograd.Function):
             # An identity's gradient is g, which after the first layer's backward nobody needs.
             residual = g if i == 0 and static.identity and needs_x and end > 0 and not needs_residual else None
             before = i - 1 if i else None
-            dz = block.layer(i, dz, mask, sums, before, upstream, residual, index)
+            dz, mask, sums = block.layer(i, dz, mask, sums, before, upstream, residual, index)
             index = None
             if not upstream:
                 break
@@ -470,14 +492,9 @@ class _Block(torch.autograd.Function):
                 dx = dz
                 if static.identity and residual is None:
                     dx = dx + g
-            else:
-                mask = block.mask(before)
-                sums = None
-                if block.needs_sums(before):
-                    sums = ops.bn_backward_sums(dz, layers[before].y, layers[before].mean, *mask)
 
         if side and (needs_x or any(needs[-1])):
-            side_dx = block.layer(end + 1, g, (), side_sums, None, needs_x, dx)
+            side_dx, _, _ = block.layer(end + 1, g, (), side_sums, None, needs_x, dx)
             dx = side_dx if needs_x else dx
         return None, dx, (g if needs_residual else None), *block.grads
 

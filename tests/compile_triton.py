@@ -93,8 +93,8 @@ def shapes_of(op: str) -> dict[str, tuple[Case, tuple[torch.dtype, ...]]]:
     return CONV_SHAPES if op.startswith("conv_") else SHAPES
 
 
-def instances(ops: Iterable[str], only: Iterable[str] = ()) -> Iterator[Instance]:
-    """Every distinct launch of ``ops``: all variants on all shapes, or on those named."""
+def instances(ops: Iterable[str], only: Iterable[str] = (), ieee: bool = False) -> Iterator[Instance]:
+    """Every distinct launch of ``ops``: all variants on all shapes, or on those named; ``ieee``: in float32 alone."""
     from resnet_fast.backends import triton as backend
     from resnet_fast.backends.triton.common import recorded
 
@@ -104,7 +104,7 @@ def instances(ops: Iterable[str], only: Iterable[str] = ()) -> Iterator[Instance
             for shape, (case, dtypes) in shapes_of(op).items():
                 if only and shape not in only:
                     continue
-                for dtype in dtypes:
+                for dtype in (d for d in dtypes if d == torch.float32 or not ieee):
                     with recorded() as launches:
                         getattr(backend, op)(**inputs(op, case, dtype, variant=variant))
                     assert launches, f"{op} launches nothing through common.launch"
@@ -167,12 +167,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, required=True, help="80 or 90, for instance")
     parser.add_argument("--shape", action="append", default=[], help="of SHAPES or CONV_SHAPES; all, if not given")
+    parser.add_argument("--ieee", action="store_true", help="float32 convolutions without TF32, and nothing else")
     parser.add_argument("ops", nargs="+")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: kernels are Python, and there is nothing to compile")
     torch.set_num_threads(1)
-    for instance in instances(args.ops, args.shape):
+    if args.ieee:
+        torch.backends.cudnn.allow_tf32 = False
+    for instance in instances(args.ops, args.shape, args.ieee):
         record = compiled(instance, args.arch)
         record["ptx"] = sorted(set(record["ptx"]))
         print(json.dumps(record), flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from resnet_fast import ops
 from resnet_fast.dispatch import BackendError, backend, reasons, use_backend
@@ -39,8 +40,13 @@ OPS = (
 #: No sums over N, P and Q.
 ELEMENTWISE = ("bn_finalize", "affine_act", "affine_act_mask", "bn_backward_finalize", "bn_backward_apply")
 CASES = [pytest.param(case, id=case.name) for case in TINY + NASTY]
-THREADS = next(case for case in TINY if case.name == "threads")
-ODD = next(case for case in NASTY if case.name == "K9")
+BY_NAME = {case.name: case for case in TINY + NASTY}
+THREADS, ODD = BY_NAME["threads"], BY_NAME["K9"]
+
+
+def _has(name: str, op: str) -> bool:
+    return name == "torch" or reasons(op, torch.device("cpu"), torch.float32)[name] is None
+
 
 _why_no_native = reasons("bn_stats", torch.device("cpu"), torch.float32)["native"]
 needs_native = pytest.mark.skipif(_why_no_native is not None, reason=f"native: {_why_no_native}")
@@ -126,6 +132,138 @@ def test_mean_of_a_thousand_deviations(name: str, device: str, dtype: torch.dtyp
             kwargs["mean"] = kwargs["y"].double().mean((0, 2, 3)).float()
             kwargs["dz"] = kwargs["dz"].to(dtype)
         check(op, kwargs, name)
+
+
+# ---- masks
+
+
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 31, 33, 70])
+@pytest.mark.parametrize("name, device, dtype", backends("affine_act_mask"))
+def test_mask_is_of_z_as_stored(name: str, device: str, dtype: torch.dtype, k: int) -> None:
+    """NaN passes; what rounds to 0 does not; the bits behind the last channel are 0."""
+    inf, nan, tiny = torch.inf, torch.nan, torch.finfo(dtype).smallest_normal
+    values = [nan, -nan, inf, -inf, 0.0, -0.0, tiny, -tiny, 1, -1, nan, 2, -2]
+    y = torch.tensor(values, dtype=dtype, device=device).repeat(k).view(1, 13, k, 1).transpose(1, 2)
+    # A product below the smallest number of the dtype, but not of float32: z is 0 as it is stored.
+    scale = torch.full((k,), torch.finfo(dtype).eps / 8 if dtype == torch.float16 else 1.0, device=device)
+    z, mask = run("affine_act_mask", {"y": y, "scale": scale, "shift": torch.zeros(k, device=device)}, name)
+    assert_same_bits(z, torch.relu(y * scale.to(dtype).view(-1, 1, 1)))
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, device=device)).flatten(3) & 1
+    assert torch.equal(bits[..., :k].bool(), ~(z <= 0).permute(0, 2, 3, 1))
+    assert not bits[..., k:].any() and mask.dtype == torch.uint8 and mask.is_contiguous()
+
+
+@pytest.mark.parametrize("case", [ODD, THREADS, BY_NAME["K70"], BY_NAME["K600"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("variant", ["plain", "projection"])
+@pytest.mark.parametrize("name, device, dtype", backends("affine_act_backward"))
+def test_mask_stands_for_z(name: str, device: str, dtype: torch.dtype, variant: str, case: Case) -> None:
+    """The backward is the same bit for bit from z and from its mask."""
+    kwargs = inputs("affine_act_backward", case, dtype, device, variant=variant)
+    one = torch.ones(case.K, device=device)
+    z, mask = run("affine_act_mask", {"y": kwargs["z"], "scale": one, "shift": 0 * one}, name)
+    by_z, by_mask = (run("affine_act_backward", {**kwargs, "z": gate}, name) for gate in (z, mask))
+    assert_same_bits(by_z, by_mask)
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("bn_finalize", dtypes=[torch.float32]))
+def test_statistics_of_parts_are_those_of_the_whole(name: str, device: str, dtype: torch.dtype) -> None:
+    """Parts of all sizes, empty ones and single values among them, at mean / std = 1000 too."""
+    for offset in (0.0, 1000.0):
+        y = offset + inputs("bn_stats", THREADS, dtype, device)["y"]
+        norm = {k: v for k, v in inputs("bn_stats", THREADS, dtype, device).items() if k != "y"}
+        whole = run("bn_stats", {"y": y, **norm}, name)
+        pixels = y.permute(1, 0, 2, 3).flatten(1)
+        parts = [
+            t.t().reshape(-1, y.shape[1], 1, 1) for t in pixels.split([0, 1, 499, 0, 300, pixels.shape[1] - 800], 1)
+        ]
+        found = [ops.bn_stats.definition(part) for part in parts]
+        n = torch.tensor([float(len(part)) for part in parts], device=device)
+        mean, var = (torch.stack([t[i] for t in found]) for i in range(2))
+        merged = run("bn_finalize", {"n": n, "mean": mean, "var": var, **norm}, name)
+        for ours, theirs in zip(merged, whole, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6 * offset + 1e-6)
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("bn_finalize", dtypes=[torch.float32]))
+def test_parts_that_are_all_empty(name: str, device: str, dtype: torch.dtype) -> None:
+    kwargs = inputs("bn_finalize", ODD, dtype, device)
+    kwargs.update(n=torch.zeros(3, device=device), mean=0 * kwargs["mean"], var=0 * kwargs["var"])
+    expected = run("bn_stats", {**inputs("bn_stats", BY_NAME["empty"]._replace(K=ODD.K), device=device)}, "torch")
+    mean, var, rstd, scale, shift = run("bn_finalize", kwargs, name)
+    assert not mean.any() and not var.any()
+    torch.testing.assert_close((rstd, scale, shift), expected[2:], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("bn_stats"))
+def test_nan_and_infinities_stay_in_their_channel(name: str, device: str, dtype: torch.dtype) -> None:
+    kwargs = inputs("bn_stats", BY_NAME["K70"], dtype, device)
+    clean = run("bn_stats", kwargs, name)
+    for channel, value in ((0, torch.nan), (33, torch.inf), (69, -torch.inf)):
+        kwargs["y"][1, channel, 2, 3] = value
+    found = run("bn_stats", kwargs, name)
+    spoilt = torch.zeros(70, dtype=torch.bool, device=device)
+    spoilt[[0, 33, 69]] = True
+    for ours, before in zip(found, clean, strict=True):
+        assert not ours[spoilt].isfinite().any()
+        assert_same_bits(ours[~spoilt], before[~spoilt])
+
+
+@pytest.mark.parametrize("op, variant, name, device, dtype", variants(*OPS))
+def test_nan_goes_where_torchs_goes(op: str, variant: str, name: str, device: str, dtype: torch.dtype) -> None:
+    """One NaN, with bits that rounding would turn into a number, in each tensor in turn."""
+    for key, value in inputs(op, ODD, dtype, device, variant=variant).items():
+        if not isinstance(value, torch.Tensor) or value.dtype == torch.uint8:
+            continue
+        kwargs = inputs(op, ODD, dtype, device, variant=variant)
+        bits = torch.int32 if value.dtype == torch.float32 else torch.int16
+        kwargs[key].view(bits)[(0,) * value.dim()] = torch.iinfo(bits).max
+        ours, torchs = run(op, kwargs, name), eager(op, kwargs)
+        for a, b in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (ours, torchs)), strict=True):
+            if a.is_floating_point():
+                assert torch.equal(a.isnan(), b.isnan()), f"{op}: NaN in {key}"
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("bn_backward_finalize", dtypes=[torch.float32]))
+def test_finalize_of_an_empty_batch(name: str, device: str, dtype: torch.dtype) -> None:
+    kwargs = {**inputs("bn_backward_finalize", ODD, dtype, device), "n": 0.0}
+    b, c, dgamma = run("bn_backward_finalize", kwargs, name)
+    assert not b.any() and not c.any()
+    torch.testing.assert_close(dgamma, kwargs["rstd"] * kwargs["sum_gy"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("bn_stats"))
+def test_finalize_makes_the_gradient_of_eager_batch_norm(name: str, device: str, dtype: torch.dtype) -> None:
+    """bn_stats, affine_act, then sums, finalize and apply, all on one backend, against autograd in float64."""
+    case = BY_NAME["NPQ_off_every_block"]
+    kwargs = inputs("bn_stats", case, dtype, device)
+    dz = inputs("bn_backward_sums", case, dtype, device)["dz"]
+
+    if name == "cuda_on_cpu" or not all(_has(name, op) for op in OPS):
+        pytest.skip(f"{name} has not all of these ops as dispatch calls them")
+
+    def whole() -> tuple[torch.Tensor, ...]:
+        with use_backend(name):
+            mean, var, rstd, scale, shift = ops.bn_stats(**kwargs)
+            z = ops.affine_act(kwargs["y"], scale, shift)
+            sums = ops.bn_backward_sums(dz, kwargs["y"], mean, scale, shift)
+            b, c, dgamma = ops.bn_backward_finalize(*sums, rstd, scale, float(case.NPQ))
+            dy = ops.bn_backward_apply(dz, kwargs["y"], mean, scale, b, c, scale, shift)
+        return z, dy, dgamma, sums[0], mean, var
+
+    def autograd(wide: torch.dtype, statistics: torch.dtype) -> tuple[torch.Tensor, ...]:
+        y = kwargs["y"].to(wide).requires_grad_()
+        gamma, beta = (kwargs[k].to(statistics).requires_grad_() for k in ("gamma", "beta"))
+        mean, var = torch.zeros_like(gamma), torch.zeros_like(gamma)
+        norm = F.batch_norm(y, mean.detach(), var.detach(), gamma, beta, True, 1.0, kwargs["eps"])
+        z = torch.relu(norm)
+        dy, dgamma, dbeta = torch.autograd.grad(z, (y, gamma, beta), dz.to(wide))
+        wide_y = kwargs["y"].double()
+        return z, dy, dgamma, dbeta, wide_y.mean((0, 2, 3)).to(statistics), wide_y.var((0, 2, 3)).to(statistics)
+
+    assert_all_close(whole(), autograd(torch.float64, torch.float64), autograd(dtype, torch.float32))
 
 
 def test_expanded_gradient() -> None:
@@ -271,8 +409,9 @@ def test_instruction_set(isa: str) -> None:
     if "this CPU does not have it" in found.stderr:
         pytest.skip(f"this CPU does not have {isa}")
     assert found.stdout.strip() == isa, found.stderr
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-    tests = "relu or gradient_passes or thousand or K8 or K9 or K70 or threads"
+    files = [__file__, str(Path(__file__).with_name("test_stem.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files]
+    tests = "relu or gradient_passes or thousand or mask or window or nan or K8 or K9 or K70 or threads or image"
     command += ["-k", f"native and cpu and ({tests})", "-m", "not gpu"]
     result = subprocess.run(
         command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300

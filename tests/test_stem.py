@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from resnet_fast import ops
+from resnet_fast.dispatch import OPS as OPS_ALL
 from resnet_fast.dispatch import backend, reasons
 from tests.cases import LAYOUTS, NASTY, TINY, Case, inputs
-from tests.tolerance import assert_all_close, assert_same_bits, backends, check, eager, reference, run, variants
+from tests.tolerance import (
+    assert_all_close,
+    assert_same_bits,
+    backends,
+    check,
+    eager,
+    name_of,
+    reference,
+    run,
+    variants,
+)
 
 OPS = ("affine_act_maxpool", "maxpool_backward_sums", "maxpool_backward_apply")
 
@@ -56,7 +69,7 @@ def test_layout_makes_no_difference(
         assert_same_bits(plain, other)
 
 
-@pytest.mark.parametrize("op, variant, name, device, dtype", [p for p in variants(*OPS) if p.values[2] != "torch"])
+@pytest.mark.parametrize("op, variant, name, device, dtype", [p for p in variants(*OPS) if p.values[2] == "native"])
 def test_same_bits_twice_and_by_any_number_of_threads(
     op: str, variant: str, name: str, device: str, dtype: torch.dtype
 ) -> None:
@@ -70,3 +83,174 @@ def test_same_bits_twice_and_by_any_number_of_threads(
         assert_same_bits(run(op, kwargs, name), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+# ---- what wins a window
+
+
+def _pool(y: torch.Tensor, name: str, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    one = torch.ones(y.shape[1], device=y.device)
+    return run("affine_act_maxpool", {"y": y, "scale": one, "shift": one * shift}, name)
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("affine_act_maxpool"))
+def test_window_first_of_equal_values_wins(name: str, device: str, dtype: torch.dtype) -> None:
+    """A window at (1, 1) in which two values are the largest: the first one has it, in the order of r, s."""
+    for first in range(9):
+        for second in range(first + 1, 9):
+            y = torch.full((1, 9, 3, 3), 0.5, dtype=dtype, device=device)
+            y.view(1, 9, 9)[..., [first, second]] = 2.0
+            z, index = _pool(y.repeat(1, 5, 1, 1), name)
+            expected = F.max_pool2d(y.float(), 3, 2, 1).to(dtype).repeat(1, 5, 1, 1)
+            assert_same_bits(z, expected)
+            # Window (p, q) covers rows 2p - 1 to 2p + 1: (0, 0) has the upper left 2 x 2 of it, and so on.
+            for p in range(2):
+                for q in range(2):
+                    inside = [
+                        3 * (r - 2 * p + 1) + s - 2 * q + 1
+                        for r, s in (divmod(place, 3) for place in (first, second))
+                        if 2 * p - 1 <= r <= 2 * p + 1 and 2 * q - 1 <= s <= 2 * q + 1
+                    ]
+                    rest = 4 if (p, q) == (0, 0) else {(0, 1): 3, (1, 0): 1, (1, 1): 0}[p, q]
+                    assert (index[..., p, q] == (inside[0] if inside else rest)).all()
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("affine_act_maxpool", dtypes=[torch.bfloat16, torch.float16]))
+def test_window_compares_values_as_stored(name: str, device: str, dtype: torch.dtype) -> None:
+    """y + shift differs in float32 and is the same number as stored: the first wins, though the last is larger."""
+    eps = torch.finfo(dtype).eps
+    y = torch.zeros(1, 40, 2, 2, dtype=dtype, device=device)
+    y[..., 1, 1] = eps / 4  # 1 + eps / 4 is stored as 1
+    z, index = _pool(y, name, shift=1.0)
+    assert (z == 1).all() and (index == 4).all()
+    y[..., 1, 1] = eps
+    z, index = _pool(y, name, shift=1.0)
+    assert (z == 1 + eps).all() and (index == 8).all()
+
+
+@pytest.mark.parametrize("name, device, dtype", backends("affine_act_maxpool"))
+def test_window_with_nan_and_infinities(name: str, device: str, dtype: torch.dtype) -> None:
+    """NaN of either sign wins over all, infinity over all numbers; where nothing is > 0 the index is 9."""
+    inf, nan, tiny = torch.inf, torch.nan, torch.finfo(dtype).smallest_normal
+    values = torch.tensor([nan, -nan, inf, -inf, 0.0, -0.0, tiny, -tiny, 1, -1], dtype=dtype, device=device)
+    for place in range(9):
+        for rest in (-1.0, 0.0, -0.0, 0.25, inf):
+            y = torch.full((1, len(values), 3, 3), rest, dtype=dtype, device=device)
+            y.view(1, len(values), 9)[..., place] = values
+            z, index = _pool(y[..., :2, :2], name)  # one window, whose upper row and left column lie outside
+            expected = F.max_pool2d(torch.relu(y[..., :2, :2].float()), 3, 2, 1)
+            assert_same_bits(z, expected.to(dtype).abs() if not expected.isnan().any() else expected.to(dtype))
+            assert torch.equal(index == 9, z <= 0)
+            if place in (0, 1, 3, 4):
+                row, column = divmod(place, 3)
+                wins = values.isnan() | (values > max(rest, 0.0))
+                assert (index[0, wins, 0, 0] == 3 * (row + 1) + column + 1).all()
+
+
+@pytest.mark.parametrize("op, variant, name, device, dtype", variants(*OPS))
+def test_nan_goes_where_torchs_goes(op: str, variant: str, name: str, device: str, dtype: torch.dtype) -> None:
+    """One NaN, with bits that rounding would turn into a number, in each tensor in turn."""
+    for key, value in inputs(op, ODD, dtype, device, variant=variant).items():
+        if value.dtype == torch.uint8:
+            continue
+        kwargs = inputs(op, ODD, dtype, device, variant=variant)
+        bits = torch.int32 if value.dtype == torch.float32 else torch.int16
+        kwargs[key].view(bits)[(0,) * value.dim()] = torch.iinfo(bits).max
+        assert kwargs[key].isnan().sum() == 1
+        ours, torchs = run(op, kwargs, name), eager(op, kwargs)
+        for a, b in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (ours, torchs)), strict=True):
+            if a.is_floating_point():
+                assert torch.equal(a.isnan(), b.isnan()), f"{op}: NaN in {key}"
+
+
+def test_inputs_are_not_written() -> None:
+    for op in OPS:
+        kwargs = inputs(op, ODD)
+        getattr(ops, op)(**kwargs)
+        for key, value in inputs(op, ODD).items():
+            assert torch.equal(kwargs[key], value), f"{op}: {key}"
+
+
+# ---- what the native kernels refuse
+
+
+def _wrong(value: torch.Tensor) -> list[torch.Tensor]:
+    """The same argument with a shape, dtype or device that it must not have."""
+    if value.dim() == 1:
+        return [value.repeat(2), value[:1], value[0], value[None], value.to("meta")]
+    return [value[:, :, 1:], value[0], value[:1, :, :1, :1], value.double(), value.to("meta")]
+
+
+@needs_native
+@pytest.mark.parametrize("op", OPS)
+def test_native_names_the_argument_that_is_wrong(op: str) -> None:
+    """Called as dispatch calls them: a kernel sees addresses, so nothing wrong may come through."""
+    function = getattr(backend("native"), op)
+    kwargs = inputs(op, ODD)
+    for name, value in kwargs.items():
+        for wrong in _wrong(value) if name != "y" else []:  # y says what the others must be
+            with pytest.raises(ValueError, match=rf"^{name}: found .*expected"):
+                function(**{**kwargs, name: wrong})
+                pytest.fail(f"{op}: {name} accepted as {tuple(wrong.shape)} {wrong.dtype}")
+
+
+# ---- the definitions, and all three together
+
+
+def _whole(y: torch.Tensor, dz: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, definitions: bool) -> Any:
+    """z, dy, dgamma, dbeta of the stem behind its convolution, by the ops."""
+    run = {op: OPS_ALL[op].definition if definitions else OPS_ALL[op] for op in OPS_ALL}
+    mean, _, rstd, scale, shift = run["bn_stats"](y, gamma, beta)
+    z, index = run["affine_act_maxpool"](y, scale, shift)
+    sum_g, sum_gy = run["maxpool_backward_sums"](dz, index, y, mean)
+    b, c, dgamma = run["bn_backward_finalize"](sum_g, sum_gy, rstd, scale, float(y.numel() // y.shape[1]))
+    return z, run["maxpool_backward_apply"](dz, index, y, mean, scale, b, c), dgamma, sum_g
+
+
+def _autograd(y: torch.Tensor, dz: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> Any:
+    leaves = [t.detach().clone().requires_grad_() for t in (y, gamma, beta)]
+    z = F.max_pool2d(F.relu(F.batch_norm(leaves[0], None, None, *leaves[1:], training=True)), 3, 2, 1)
+    return z, *torch.autograd.grad(z, leaves, dz)
+
+
+@pytest.mark.parametrize("case", CASES[:3] + CASES[-len(IMAGES) + 3 :])
+def test_definitions_are_the_gradient(case: Case) -> None:
+    """All of the stem against autograd through F.max_pool2d(F.relu(F.batch_norm(y))), in float64."""
+    kwargs = inputs("bn_stats", case, torch.float64)
+    dz = inputs("maxpool_backward_sums", case, torch.float64)["dz"]
+    if case.NPQ == 1:
+        pytest.skip("eager batch norm refuses a single value per channel")
+    operands = (kwargs["y"], dz, kwargs["gamma"], kwargs["beta"])
+    for ours, theirs in zip(_whole(*operands, definitions=True), _autograd(*operands), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", [THREADS, IMAGES[4], IMAGES[7]], ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+def test_ops_together_are_the_gradient(dtype: torch.dtype, case: Case) -> None:
+    """The ops as dispatch runs them, against float64 and beside eager torch in the same dtype.
+
+    Few values, all apart: rounding leaves no doubt of which wins its window.
+    """
+    kwargs = inputs("bn_stats", case, dtype)
+    n, k, p, q = case.y_size
+    order = torch.stack([torch.randperm(n * p * q, generator=torch.Generator().manual_seed(i)) for i in range(k)])
+    y = (order.view(k, n, p, q).transpose(0, 1) % 97 - 40).to(dtype).contiguous(memory_format=torch.channels_last)
+    dz = inputs("maxpool_backward_sums", case, dtype)["dz"]
+    gamma, beta = kwargs["gamma"].abs() + 0.5, kwargs["beta"]
+    wide = [t.double() for t in (y, dz, gamma, beta)]
+    ours, torchs = _whole(y, dz, gamma, beta, definitions=False), _autograd(y, dz, gamma, beta)
+    again = _whole(y, dz, gamma, beta, definitions=True)
+    assert_all_close(ours, _whole(*wide, definitions=True), torchs, again=again)
+
+
+def test_eager_and_definition_are_one_function() -> None:
+    """The rule's two legs agree in float64."""
+    for op in OPS:
+        kwargs = inputs(op, ODD, torch.float64)
+        for ours, theirs in zip(*(_tuple(f(op, kwargs)) for f in (eager, reference)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def _tuple(value: Any) -> tuple[torch.Tensor, ...]:
+    return (value,) if isinstance(value, torch.Tensor) else value

@@ -20,11 +20,11 @@ pytest.importorskip("triton")
 from resnet_fast import ops
 from resnet_fast.backends.triton import common, conv
 from resnet_fast.backends.triton.conv_common import Geometry, unsupported
-from tests.cases import RESNET50, TINY, inputs
+from tests.cases import NASTY, RESNET50, TINY, inputs
 from tests.test_triton_compile import SHARED, Record, start
 from tests.tolerance import assert_same_bits, reference
 
-BY_NAME = {case.name: case for case in TINY}
+BY_NAME = {case.name: case for case in TINY + NASTY}
 # The package holds functions of the names of two of its modules.
 FPROP, DGRAD, WGRAD = (
     importlib.import_module(f"resnet_fast.backends.triton.conv_{d}") for d in ("fprop", "dgrad", "wgrad")
@@ -123,7 +123,7 @@ def programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["threads", "3x3_2", "shortcut_1x1_2"])
+@pytest.mark.parametrize("name", ["NPQ_off_every_block", "3x3_2", "shortcut_1x1_2"])
 def test_results_do_not_depend_on_the_number_of_programs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """y and dx to the bit; sums, which are then added in another order, to their last digits."""
     for tiles in (FPROP, DGRAD, WGRAD):
@@ -140,7 +140,7 @@ def test_results_do_not_depend_on_the_number_of_programs(monkeypatch: pytest.Mon
 
 
 @interpreted
-@pytest.mark.parametrize("r, stride", product((1, 3), (1, 2)))
+@pytest.mark.parametrize("r, stride", [*product((1, 3), (1, 2))])
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (2, 3), (3, 4), (5, 5)], ids=str)
 def test_every_pixel_of_small_images(size: tuple[int, int], r: int, stride: int) -> None:
     """In small integers, in which every sum is exact: equal to the definition's, and no pixel left unwritten."""
@@ -190,7 +190,8 @@ def test_variance_beside_a_large_mean() -> None:
 def records() -> list[Record]:
     """Every kernel in every configuration of the tables, for every architecture."""
     found: list[Record] = []
-    for process in [start(arch, *OPS) for arch in SHARED]:
+    # Without TF32 there are no tensor cores, and one program for all GPUs.
+    for process in [*(start(arch, *OPS) for arch in SHARED), start(90, "--ieee", *OPS)]:
         out, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors[-2000:]
         found += map(json.loads, out.splitlines())
@@ -211,7 +212,8 @@ def test_every_tile_is_compiled(records: list[Record]) -> None:
     modules: dict[str, ModuleType] = {"fprop": FPROP, "dgrad": DGRAD, "wgrad": WGRAD}
     for arch, (name, module) in product(SHARED, modules.items()):
         found = {tile_of(r) for r in records if r["kernel"] == f"conv_{name}_kernel" and r["arch"] == arch}
-        wanted = {key: tile[:5] for key, tile in module.CONFIGS.items() if key not in ("interpreted", "ieee")}
+        absent = {"interpreted"} if arch == 90 else {"interpreted", "ieee"}
+        wanted = {key: tile[:5] for key, tile in module.CONFIGS.items() if key not in absent}
         assert found == set(wanted.values()), f"{name}, sm_{arch}"
     kinds = {(r["kernel"], r["arch"], r["constants"]["R"], r["constants"]["STRIDE"]) for r in records}
     assert len(kinds) == len(modules) * len(SHARED) * 4
@@ -227,7 +229,7 @@ def test_nothing_spills_and_everything_fits(records: list[Record]) -> None:
 @pytest.mark.slow
 def test_tensor_cores_are_fed_asynchronously(records: list[Record]) -> None:
     """wgmma on sm_90, mma.sync on sm_80, from loads that run ahead; float32 in TF32, as torch's default has it."""
-    for r in records:
+    for r in (r for r in records if r["dtype"] != "float32" or r["constants"]["PRECISION"] == "tf32"):
         ptx = " ".join(r["ptx"])
         assert ("wgmma.mma_async" if r["arch"] == 90 else "mma.sync") in ptx, name_of(r)
         assert ("tf32" in ptx) == (r["dtype"] == "float32"), name_of(r)

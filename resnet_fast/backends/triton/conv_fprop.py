@@ -24,18 +24,17 @@ CONFIGS: dict[str, Config] = {
     "interpreted": Config(rows=256, columns=128, depth=16, warps=4, stages=1, per_sm=1),
     "ieee": Config(rows=64, columns=64, depth=16, warps=8, stages=3, per_sm=2),
     "tf32": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
-    "odd": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
+    "odd": Config(rows=64, columns=64, depth=32, warps=8, stages=3, per_sm=1),
     "narrow_1x1": Config(rows=128, columns=64, depth=32, warps=4, stages=4, per_sm=2),
     "narrow_3x3": Config(rows=128, columns=64, depth=64, warps=8, stages=4, per_sm=1),
-    "wide_1x1": Config(rows=128, columns=128, depth=64, warps=8, stages=3, per_sm=1),
-    "wide_3x3": Config(rows=128, columns=128, depth=64, warps=8, stages=4, per_sm=1),
+    "wide": Config(rows=128, columns=128, depth=64, warps=8, stages=3, per_sm=1),
 }
 
 
 def config(geometry: Geometry, dtype: torch.dtype) -> Config:
     """The tile for this shape."""
-    width = "narrow" if geometry.K <= 64 else "wide"
-    return CONFIGS[plain_tile(geometry, dtype) or f"{width}_{geometry.R}x{geometry.R}"]
+    shape = f"narrow_{geometry.R}x{geometry.R}" if geometry.K <= 64 else "wide"
+    return CONFIGS[plain_tile(geometry, dtype) or shape]
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from .conv_common import (
 )
 
 # rows: K; columns: C of one tap; depth: pixels. dw is small and the sum long, so that pixels are split over programs;
-# the fp32 parts are added in the order of the pixels by a second kernel. A lazy gradient halves the depth, as in dgrad.
+# the fp32 parts are added in the order of the pixels by a second kernel. A lazy operand halves the depth, as in dgrad.
 CONFIGS: dict[str, Config] = {
     "interpreted": Config(rows=128, columns=32, depth=256, warps=4, stages=1, per_sm=1),
     "ieee": Config(rows=64, columns=64, depth=16, warps=8, stages=3, per_sm=2),
@@ -166,7 +166,7 @@ def conv_wgrad(
     g: Tensor, x: Tensor, geometry: Geometry, lazy: Gradient, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """What ``conv_wgrad`` returns; operands are checked, channels-last and not empty."""
-    tile = config(geometry, x.dtype, lazy.y is not None)
+    tile = config(geometry, x.dtype, lazy.y is not None or scale is not None)
     _, c, h, width, k, r, stride = geometry
     tiles = triton.cdiv(k, tile.rows) * triton.cdiv(c, tile.columns) * r * r
     slots = multiprocessors(x.device) * tile.per_sm
