@@ -302,13 +302,15 @@ def _forward_block(
     return ops.affine_act(*affine, *shortcut, relu=relu), None, layers, statistics
 
 
-def _conv_backward(*args: Any, residual: Tensor | None, **lazy: Any) -> tuple[Tensor, Tensor]:
-    """``ops.conv_backward``; ``residual`` is ours, and may be written over where the backend can."""
-    if residual is not None and not torch.compiler.is_compiling():
-        into = hook("conv_backward", "into", args[0].device, args[0].dtype)
+def _conv_backward(
+    g: Tensor, *args: Any, residual: Tensor | None, disposable: bool, **lazy: Any
+) -> tuple[Tensor, Tensor]:
+    """``ops.conv_backward``. ``residual``, and ``g`` if ``disposable``, may be written over where the backend can."""
+    if (residual is not None or disposable) and not torch.compiler.is_compiling():
+        into = hook("conv_backward", "into", g.device, g.dtype)
         if into is not None:
-            return into(*args, **lazy, residual=residual)
-    return ops.conv_backward(*args, **lazy, residual=residual)
+            return into(g, *args, **lazy, residual=residual, disposable=disposable)
+    return ops.conv_backward(g, *args, **lazy, residual=residual)
 
 
 class _Backward:
@@ -408,9 +410,18 @@ class _Backward:
         """Layer i's convolution: dw into ``grads``; returns dx."""
         x, scale, shift = operand
         w, needs_w = self.layers[i].w, self.needs[i][0]
-        affine = {"scale": scale, "shift": shift}
         dx, dw = _conv_backward(
-            dz, x, w, *self.static.conv(i), needs_x, needs_w, **affine, **gradient, residual=residual
+            dz,
+            x,
+            w,
+            *self.static.conv(i),
+            needs_x,
+            needs_w,
+            scale=scale,
+            shift=shift,
+            **gradient,
+            residual=residual,
+            disposable=i < self.static.end,  # there it comes from the convolution behind, and nobody else has it
         )
         if needs_w:
             self.grads[_PER_LAYER * i] = dw

@@ -80,8 +80,8 @@ def test_resnets_convolutions_are_ours_but_for_the_stem() -> None:
             assert (geometry.P, geometry.Q, geometry.NPQ) == (case.P, case.Q, case.NPQ)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(importlib.import_module("resnet_fast.backends.triton.conv_common"), "INTERPRETED", False)
-                used["fprop"].add(FPROP.config(geometry, torch.bfloat16))
                 for lazy in (False, True):
+                    used["fprop"].add(FPROP.config(geometry, torch.bfloat16, lazy))
                     used["dgrad"].add(DGRAD.config(geometry, torch.bfloat16, lazy))
                     used["wgrad"].add(WGRAD.config(geometry, torch.bfloat16, lazy))
     for module, name in ((FPROP, "fprop"), (DGRAD, "dgrad"), (WGRAD, "wgrad")):
@@ -123,13 +123,13 @@ def programs(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["NPQ_off_every_block", "3x3_2", "shortcut_1x1_2"])
+@pytest.mark.parametrize("name", ["K70", "N1", "3x3_2", "shortcut_1x1_2"])
 def test_results_do_not_depend_on_the_number_of_programs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """y and dx to the bit; sums, which are then added in another order, to their last digits."""
     for tiles in (FPROP, DGRAD, WGRAD):
-        monkeypatch.setitem(tiles.CONFIGS, "interpreted", tiles.CONFIGS["interpreted"]._replace(rows=64, columns=32))
+        monkeypatch.setitem(tiles.CONFIGS, "interpreted", tiles.CONFIGS["interpreted"]._replace(rows=32, columns=32))
     found = []
-    for count in (1, 40):
+    for count in (1, 3):
         programs(monkeypatch, count)
         forward = conv.conv_stats(**inputs("conv_stats", BY_NAME[name], variant="lazy"))
         found.append((*forward, *conv.conv_backward_sums(**inputs("conv_backward_sums", BY_NAME[name]))))

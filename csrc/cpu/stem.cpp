@@ -54,12 +54,10 @@ template <class T>
 struct Best {
   Pack<T> value, place;
 
-  static Best of(const Pair& activation, int at) {
-    using S = Storage<T>;
-    Best best{narrow(activation, T{}), {}};
-    for (int i = 0; i < S::PARTS; ++i) {
-      best.value.v[i] &= S::SIGN - 1;
-      best.place.v[i] = typename S::Part{} + static_cast<typename S::Bits>(at);
+  static Best of(const Pack<T>& value, int at) {
+    Best best{value, {}};
+    for (auto& part : best.place.v) {
+      part = typename Storage<T>::Part{} + static_cast<typename Storage<T>::Bits>(at);
     }
     return best;
   }
@@ -116,54 +114,58 @@ void affine_act_maxpool_tile(const AffineActMaxpool& args, const Images& images,
   T* z = static_cast<T*>(args.z) + block.image * images.p * images.q * k + channel;
   uint8_t* index = args.index + block.image * images.p * images.q * k + channel;
   const Group<T, 2> vectors({args.scale, args.shift}, channel, smaller(channel + COUNT * PACK, k));
-  const auto value = [&](int64_t row, int64_t column, int v, int place) {
-    Pair pair = widen(load_pack(y + (row * w + column) * k + v * PACK, lanes));
+  // An activation as it is stored, without its sign.
+  const auto value = [&](const T* at, int v) {
+    Pair pair = widen(load_pack(at + v * PACK, lanes));
     for (int i = 0; i < 2; ++i) {
       pair.v[i] = relu(fma(pair.v[i], vectors(0, v * PACK, i), vectors(1, v * PACK, i)));
     }
-    return Best<T>::of(pair, place);
+    Pack<T> stored = narrow(pair, T{});
+    for (auto& part : stored.v) part &= Storage<T>::SIGN - 1;
+    return stored;
   };
-  const Best<T> outside{};
-  // The best of three columns of a row; `left`, the last column of the window before, moves on.
-  const auto row_best = [&](int64_t row, int64_t q, int v, int r, Best<T>& left) {
-    const Best<T> middle = value(row, 2 * q, v, 3 * r + 1);
-    const Best<T> right = 2 * q + 1 < w ? value(row, 2 * q + 1, v, 3 * r + 2) : outside;
-    const Best<T> best = left.or_later(middle).or_later(right);
-    left = right.moved(-2);
-    return best;
+  // The best of row r's three columns, of which `at` is the middle; `left`, the last column of the
+  // window before, moves on.
+  const auto row_best = [&](const T* at, bool has_right, int v, int r, Pack<T>& left) {
+    const Pack<T> middle = value(at, v), right = has_right ? value(at + k, v) : Pack<T>{};
+    const Best<T> best = Best<T>::of(left, 3 * r).or_later(Best<T>::of(middle, 3 * r + 1));
+    left = right;
+    return best.or_later(Best<T>::of(right, 3 * r + 2));
   };
-  const auto column_before = [&](int64_t row, int r, Best<T>(&left)[COUNT]) {
-    for (int v = 0; v < COUNT; ++v) {
-      left[v] = block.q > 0 ? value(row, 2 * block.q - 1, v, 3 * r) : outside;
-    }
+  const auto row_at = [&](int64_t row) { return y + (row * w + 2 * block.q) * k; };
+  const auto column_before = [&](int64_t row, Pack<T>(&left)[COUNT]) {
+    for (int v = 0; v < COUNT; ++v) left[v] = block.q > 0 ? value(row_at(row) - k, v) : Pack<T>{};
   };
 
   Best<T> above[BLOCK_Q][COUNT] = {};  // of row 2p - 1
-  Best<T> left[COUNT], lower_left[COUNT] = {};
+  Pack<T> left[COUNT], lower_left[COUNT] = {};
   if (block.p > 0) {
-    column_before(2 * block.p - 1, 0, left);
-    for (int64_t q = block.q; q < block.q_end; ++q) {
+    const T* at = row_at(2 * block.p - 1);
+    column_before(2 * block.p - 1, left);
+    for (int64_t q = block.q; q < block.q_end; ++q, at += 2 * k) {
       for (int v = 0; v < COUNT; ++v) {
-        above[q - block.q][v] = row_best(2 * block.p - 1, q, v, 0, left[v]);
+        above[q - block.q][v] = row_best(at, 2 * q + 1 < w, v, 0, left[v]);
       }
     }
   }
   for (int64_t p = block.p; p < block.p_end; ++p) {
     const bool has_below = 2 * p + 1 < h;
-    column_before(2 * p, 1, left);
-    if (has_below) column_before(2 * p + 1, 2, lower_left);
-    for (int64_t q = block.q; q < block.q_end; ++q) {
+    const T* at = row_at(2 * p);
+    int64_t offset = (p * images.q + block.q) * k;
+    column_before(2 * p, left);
+    if (has_below) column_before(2 * p + 1, lower_left);
+    for (int64_t q = block.q; q < block.q_end; ++q, at += 2 * k, offset += k) {
+      const bool has_right = 2 * q + 1 < w;
       for (int v = 0; v < COUNT; ++v) {
         Best<T>& top = above[q - block.q][v];
-        Best<T> best = top.or_later(row_best(2 * p, q, v, 1, left[v]));
+        Best<T> best = top.or_later(row_best(at, has_right, v, 1, left[v]));
         if (has_below) {
-          const Best<T> below = row_best(2 * p + 1, q, v, 2, lower_left[v]);
+          const Best<T> below = row_best(at + w * k, has_right, v, 2, lower_left[v]);
           best = best.or_later(below);
           top = below.moved(-6);
         }
-        const int64_t offset = (p * images.q + q) * k + v * PACK;
-        store_pack(z + offset, best.value, lanes);
-        store_bytes(index + offset, best.index(), lanes);
+        store_pack(z + offset + v * PACK, best.value, lanes);
+        store_bytes(index + offset + v * PACK, best.index(), lanes);
       }
     }
   }

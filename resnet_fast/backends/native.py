@@ -384,6 +384,35 @@ def bn_backward_finalize(
     return b, c, dgamma
 
 
+def _bn_backward_apply(
+    dz: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    overwrite: bool,
+) -> Tensor:
+    """``bn_backward_apply``, with ``overwrite`` over ``dz``: memory that is in the caches already."""
+    if scale is None or shift is None:
+        scale = shift = None
+    y = _matrix("y", y)
+    dz = _matrix("dz", dz, y)
+    dy = dz if overwrite else _empty(y.shape, y)
+    _launch(
+        "bn_backward_apply",
+        y.device,
+        dz=dz,
+        y=y,
+        **_dense(y, mean=mean, a=a, b=b, c=c, scale=scale, shift=shift),
+        dy=dy,
+        **_size(y),
+    )
+    return dy
+
+
 def bn_backward_apply(
     dz: Tensor,
     y: Tensor,
@@ -394,20 +423,7 @@ def bn_backward_apply(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    if scale is None or shift is None:
-        scale = shift = None
-    y = _matrix("y", y)
-    dy = _empty(y.shape, y)
-    _launch(
-        "bn_backward_apply",
-        y.device,
-        dz=_matrix("dz", dz, y),
-        y=y,
-        **_dense(y, mean=mean, a=a, b=b, c=c, scale=scale, shift=shift),
-        dy=dy,
-        **_size(y),
-    )
-    return dy
+    return _bn_backward_apply(dz, y, mean, a, b, c, scale, shift, False)
 
 
 # ---- row stem ---------------------------------------------------------------------------------------------------
@@ -510,11 +526,12 @@ def _gradient(
     c: Tensor | None,
     gscale: Tensor | None = None,
     gshift: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """A gradient, lazy or not, written out channels-last in ``dtype``."""
+    """A gradient, lazy or not, written out channels-last in ``dtype``; a lazy one may overwrite ``g``."""
     if y is None or mean is None or a is None or b is None or c is None:
         return g.to(dtype, memory_format=CHANNELS_LAST)
-    return bn_backward_apply(g, y, mean, a, b, c, gscale, gshift).to(dtype)
+    return _bn_backward_apply(g, y, mean, a, b, c, gscale, gshift, overwrite).to(dtype)
 
 
 def conv_stats(
@@ -645,9 +662,11 @@ def conv_backward_into(
     gscale: Tensor | None = None,
     gshift: Tensor | None = None,
     residual: Tensor | None = None,
+    disposable: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``conv_backward`` that may write dx over ``residual``, which nobody else needs; it may be ``g`` itself."""
-    dy = _gradient(_arithmetic(g.device, g.dtype), g, y, mean, a, b, c, gscale, gshift)
+    """``conv_backward`` that may write over ``residual``, which nobody else needs, and over ``g`` if ``disposable``."""
+    disposable = disposable and g is not residual
+    dy = _gradient(_arithmetic(g.device, g.dtype), g, y, mean, a, b, c, gscale, gshift, disposable)
     geometry = (stride, padding, dilation, groups)
     # Not where dy is that memory: dw is still to be read from it.
     overwrite = residual is not None and dy.data_ptr() != residual.data_ptr()

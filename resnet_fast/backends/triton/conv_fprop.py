@@ -19,7 +19,8 @@ from .conv_common import Config, Geometry, grouped, halves, image, load_activati
 #
 # 1x1 with few channels is bound by memory and has few steps of depth: two programs per multiprocessor hide each other's
 # loads and epilogues, and a depth of 32 leaves a lazy operand its registers. 3x3, and 1x1 with many channels, are bound
-# by the tensor cores: one large tile. The epilogue fills 255 registers at 128 x 128 with 8 warps.
+# by the tensor cores: one large tile. The epilogue fills 255 registers at 128 x 128 with 8 warps; beside it, a lazy
+# operand of depth 64 spills in Triton 3.6.
 CONFIGS: dict[str, Config] = {
     "interpreted": Config(rows=256, columns=128, depth=16, warps=4, stages=1, per_sm=1),
     "ieee": Config(rows=64, columns=64, depth=16, warps=8, stages=3, per_sm=2),
@@ -28,12 +29,13 @@ CONFIGS: dict[str, Config] = {
     "narrow_1x1": Config(rows=128, columns=64, depth=32, warps=4, stages=4, per_sm=2),
     "narrow_3x3": Config(rows=128, columns=64, depth=64, warps=8, stages=4, per_sm=1),
     "wide": Config(rows=128, columns=128, depth=64, warps=8, stages=3, per_sm=1),
+    "wide_lazy": Config(rows=128, columns=128, depth=32, warps=8, stages=4, per_sm=1),
 }
 
 
-def config(geometry: Geometry, dtype: torch.dtype) -> Config:
+def config(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> Config:
     """The tile for this shape."""
-    shape = f"narrow_{geometry.R}x{geometry.R}" if geometry.K <= 64 else "wide"
+    shape = f"narrow_{geometry.R}x{geometry.R}" if geometry.K <= 64 else "wide_lazy" if lazy else "wide"
     return CONFIGS[plain_tile(geometry, dtype) or shape]
 
 
@@ -170,7 +172,7 @@ def conv_fprop(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``conv_stats`` returns; operands are checked, channels-last and not empty."""
-    tile = config(geometry, x.dtype)
+    tile = config(geometry, x.dtype, scale is not None)
     k_blocks = triton.cdiv(geometry.K, tile.columns)
     tiles_per_group, groups = grouped(triton.cdiv(geometry.NPQ, tile.rows), k_blocks, tile, x.device)
     y = image(x, geometry.N, geometry.K, geometry.P, geometry.Q)
