@@ -1,14 +1,18 @@
 """The fused operations over ResNet-50's layer shapes: ours, eager (NCHW), channels_last, torch.compile.
 
 ``pytest --benchmark benchmarks/bench_ops.py``. Groups are one step on one shape; ``extra_info`` holds, for the
-memory-bound row, GB/s of the minimal traffic and the share of what a copy of as many bytes reached in the same run, and
-for convolutions GFLOP/s. On a GPU a round is N launches between two CUDA events, 1 ms or more (not yet run on a GPU).
+memory-bound rows, GB/s of the minimal traffic and the share of what a copy of as many bytes reached in the same run,
+and for convolutions GFLOP/s. ``bench_kernel`` times each memory-bound op alone, with outputs in fresh memory, as an op
+returns them, and in memory that is used again, which leaves the kernel without the allocator's page faults. On a GPU a
+round is N launches between two CUDA events, 1 ms or more (not yet run on a GPU).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -17,14 +21,31 @@ from torch import Tensor, nn
 
 from benchmarks.rounds import run_rounds
 from resnet_fast import functional, ops
-from resnet_fast.dispatch import prepare
+from resnet_fast.dispatch import OPS, backend, prepare, reasons, use_backend
 from tests.cases import Case, inputs, resnet50
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CONTENDERS = ("ours", "eager", "channels_last", "compile")
 BATCH = {"cpu": 4, "cuda": 128}
+#: Of the kernels alone: activations that no cache holds.
+KERNEL_BATCH = {"cpu": 16, "cuda": 128}
 #: Large and small activations; few channels and many. Compiling each takes seconds on a CPU: there are no more.
 LAYERS = {"bn_act": ("s1_expand_1x1", "s4_expand_1x1"), "conv": ("s2_expand_1x1", "s4_3x3")}
+KERNEL_LAYERS = ("stem_7x7_2", "s1_expand_1x1", "s2_3x3", "s3_expand_1x1", "s4_expand_1x1")
+#: Op and variant of the memory-bound rows.
+KERNELS = (
+    ("bn_stats", "plain"),
+    ("affine_act", "plain"),
+    ("affine_act", "residual"),
+    ("affine_act_mask", "residual"),
+    ("affine_act_backward", "plain"),
+    ("affine_act_backward", "mask"),
+    ("affine_act_backward", "mask_projection"),
+    ("bn_backward_sums", "masked"),
+    ("bn_backward_apply", "masked"),
+    ("bn_backward_apply", "linear"),
+)
+STEM_KERNELS = ("affine_act_maxpool", "maxpool_backward_sums", "maxpool_backward_apply")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,8 +57,8 @@ class Step(NamedTuple):
     flops: int = 0
 
 
-def _case(name: str, device: str) -> Case:
-    return next(case for case in resnet50(BATCH[device]) if case.name == name)
+def _case(name: str, batch: int) -> Case:
+    return next(case for case in resnet50(batch) if case.name == name)
 
 
 def _layout(contender: str, *tensors: Tensor) -> list[Tensor]:
@@ -61,10 +82,9 @@ def _forward(contender: str, case: Case, dtype: torch.dtype, device: str) -> Ste
     traffic = 4 * y.numel() * y.element_size()
     if contender == "ours":
 
-        def ours() -> Tensor:
-            mean, var = ops.bn_stats(y)
-            scale = gamma * torch.rsqrt(var + 1e-5)
-            return ops.affine_act(y, scale, beta - mean * scale, residual)
+        def ours() -> Any:
+            _, _, _, scale, shift = ops.bn_stats(y, gamma, beta)
+            return ops.affine_act_mask(y, scale, shift, residual)
 
         return Step(ours, traffic)
     mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
@@ -77,20 +97,19 @@ def _forward(contender: str, case: Case, dtype: torch.dtype, device: str) -> Ste
 
 
 def _backward(contender: str, case: Case, dtype: torch.dtype, device: str) -> Step:
-    """Its backward: dz, z, y -> dy, dgamma, dbeta and the residual's gradient. Reads dz, z, y, g, y; writes g, dy."""
+    """Its backward: dz, mask, y -> dy, dgamma, dbeta and the residual's gradient. Reads dz, y, g, y; writes g, dy."""
     args = inputs("affine_act_backward", case, dtype, device)
     dz, z, y = _layout(contender, args["dz"], args["z"], args["y"])
     mean, gamma = args["mean"], torch.ones_like(args["mean"])
     rstd = torch.ones_like(mean)
-    traffic = 7 * y.numel() * y.element_size()
-    m = case.NPQ
+    traffic = 6 * y.numel() * y.element_size()
     if contender == "ours":
+        mask = inputs("affine_act_backward", case, dtype, device, variant="mask")["z"]
 
         def ours() -> Any:
-            g, sum_g, sum_gy, _ = ops.affine_act_backward(dz, z, y, mean)
-            a = gamma * rstd
-            dy = ops.bn_backward_apply(g, y, mean, a, -a * rstd.square() * sum_gy / m, -a * sum_g / m)
-            return g, dy, sum_gy * rstd, sum_g
+            g, sum_g, sum_gy, _ = ops.affine_act_backward(dz, mask, y, mean)
+            b, c, dgamma = ops.bn_backward_finalize(sum_g, sum_gy, rstd, gamma, float(case.NPQ))
+            return g, ops.bn_backward_apply(g, y, mean, gamma, b, c), dgamma, sum_g
 
         return Step(ours, traffic)
 
@@ -179,7 +198,7 @@ def _copy_bandwidth(traffic: int, device: str) -> float:
 @pytest.mark.parametrize("device", DEVICES)
 def bench_op(benchmark: Any, device: str, step: str, layer: str, dtype: torch.dtype, contender: str) -> None:
     torch._dynamo.reset()
-    case = _case(layer, device)
+    case = _case(layer, BATCH[device])
     made = STEPS[step](contender, case, dtype, device)
     dtype_name = str(dtype).removeprefix("torch.")
     benchmark.group = f"{step} {dtype_name} {device} {layer}: N={case.N} K={case.K} P={case.P}"
@@ -190,6 +209,68 @@ def bench_op(benchmark: Any, device: str, step: str, layer: str, dtype: torch.dt
     if made.flops:
         info["GFLOP/s"] = made.flops / rounds.p50 / 1e9
     else:
-        info["GB/s"] = made.traffic / rounds.p50 / 1e9
-        info["copy GB/s"] = _copy_bandwidth(made.traffic, device)
-        info["share of copy"] = info["GB/s"] / info["copy GB/s"]
+        _add_bandwidth(info, made.traffic, rounds.p50, device)
+
+
+def _add_bandwidth(info: dict[str, Any], traffic: int, seconds: float, device: str) -> None:
+    info["GB/s"] = traffic / seconds / 1e9
+    info["copy GB/s"] = _copy_bandwidth(traffic, device)
+    info["share of copy"] = info["GB/s"] / info["copy GB/s"]
+
+
+# ---- each memory-bound op alone
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [t for t in values if isinstance(t, Tensor)]
+
+
+def _same_memory(op: str, kwargs: dict[str, Any]) -> Callable[[], Any]:
+    """The op's launches once more, into the outputs of the first time."""
+    native = backend("native")
+    launch, launches = native._launch, []
+
+    def record(*args: Any, **operands: Any) -> None:
+        launches.append(functools.partial(launch, *args, **operands))
+        launch(*args, **operands)
+
+    with mock.patch.object(native, "_launch", record), use_backend("native"):
+        OPS[op](**kwargs)
+    return lambda: [again() for again in launches]
+
+
+@pytest.mark.parametrize("memory", ["same", "fresh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("op", "variant", "layer"),
+    [(op, variant, layer) for layer in KERNEL_LAYERS for op, variant in KERNELS]
+    + [(op, "plain", "stem_7x7_2") for op in STEM_KERNELS],
+)
+@pytest.mark.parametrize("device", DEVICES)
+def bench_kernel(
+    benchmark: Any, device: str, op: str, variant: str, layer: str, dtype: torch.dtype, memory: str
+) -> None:
+    """Minimal traffic: every activation, mask and index among the operands and outputs once."""
+    if reason := reasons(op, torch.device(device), dtype)["native"]:
+        pytest.skip(f"native: {reason}")
+    case = _case(layer, KERNEL_BATCH[device])
+    kwargs = inputs(op, case, dtype, device, variant=variant)
+    with use_backend("native"):
+        outputs = OPS[op](**kwargs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    traffic = sum(t.nbytes for t in (*_tensors(kwargs.values()), *outputs) if t.dim() == 4)
+    if memory == "same":
+        call = _same_memory(op, kwargs)
+    else:
+
+        def call() -> Any:
+            with use_backend("native"):
+                return OPS[op](**kwargs)
+
+    del outputs
+    dtype_name = str(dtype).removeprefix("torch.")
+    benchmark.group = f"{op} {variant} {dtype_name} {device} {layer}: N={case.N} K={case.K} P={case.P}"
+    rounds = run_rounds(call, device, seconds=0.15, benchmark=benchmark)
+    info = benchmark.extra_info
+    info.update(p20=rounds.p20, p50=rounds.p50, p80=rounds.p80, launches=rounds.launches)
+    _add_bandwidth(info, traffic, rounds.p50, device)
