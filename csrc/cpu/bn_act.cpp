@@ -15,7 +15,7 @@ constexpr int64_t WIDE = 512;
 // Rows whose mean is a tile's pivot.
 constexpr int64_t PIVOT_ROWS = 8;
 // Channels whose vectors a thread keeps in L1 while it goes down its rows.
-constexpr int64_t ELEMENT_K = 1024;
+constexpr int64_t ELEMENT_K = 2048;
 
 /// Where a pack lies: at `offset` of the matrix, which is `channel` of `row`, and `local` channels
 /// from the first of its block. What lies `ahead` further is to be asked for, where rows are read
@@ -27,18 +27,17 @@ struct At {
 /// The skeleton of every elementwise op: calls body(at, lanes, vectors) on every pack of an (npq,
 /// k) matrix of T.
 template <class T, int COUNT, class Body>
-void for_each_element(int64_t npq, int64_t k, const float* const (&vectors)[COUNT],
-                      const Body& body) {
-#pragma omp parallel if (npq * k > SERIAL)
+void for_each_element(int64_t npq, int64_t k, const float* const (&vectors)[COUNT], Body body) {
+  // Each thread has a body and a k of its own: shared ones are read again after every store.
+#pragma omp parallel firstprivate(body, k) if (npq * k > SERIAL)
   {
-    const Body local = body;  // its own: a store could change the shared one
     for (int64_t first = 0; first < k; first += ELEMENT_K) {
       const int64_t last = smaller(first + ELEMENT_K, k);
       const Channels<T, COUNT, ELEMENT_K> channels(vectors, first, last);
 #pragma omp for schedule(static) nowait
       for (int64_t row = 0; row < npq; ++row) {
-        for_each_pack(first, last, [&, row](int64_t channel, auto lanes) {
-          local(At{row * k + channel, row, channel, channel - first, 0}, lanes, channels);
+        for_each_pack(first, last, [=, start = row * k, &channels](int64_t channel, auto lanes) {
+          body(At{start + channel, row, channel, channel - first, 0}, lanes, channels);
         });
       }
     }
