@@ -5,6 +5,7 @@ That their results are right is tested beside all other backends' in test_conv.p
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import re
@@ -14,12 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 pytest.importorskip("triton")
 
+import resnet_fast
 from resnet_fast import ops
 from resnet_fast.backends.triton import common, conv
 from resnet_fast.backends.triton.conv_common import Geometry, unsupported
+from resnet_fast.models import BasicBlock, Bottleneck
 from tests.cases import NASTY, RESNET50, TINY, inputs
 from tests.test_triton_compile import SHARED, Record, start
 from tests.tolerance import assert_same_bits, reference
@@ -234,3 +239,32 @@ def test_tensor_cores_are_fed_asynchronously(records: list[Record]) -> None:
         assert ("wgmma.mma_async" if r["arch"] == 90 else "mma.sync") in ptx, name_of(r)
         assert ("tf32" in ptx) == (r["dtype"] == "float32"), name_of(r)
         assert "cp.async" in ptx or r["shape"] == "odd", name_of(r)
+
+
+# ---- and a network that learns by them
+
+
+@interpreted
+@pytest.mark.slow
+def test_ten_steps_of_a_tiny_resnet() -> None:
+    """A bottleneck with a projection and a basic block, on this backend alone: plain PyTorch's losses."""
+    torch.manual_seed(0)
+    down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    blocks = Bottleneck(8, 4, 2, down), BasicBlock(16, 16)
+    plain = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    plain = plain.to(memory_format=torch.channels_last)
+    ours = resnet_fast.fuse(copy.deepcopy(plain), backend="triton")
+    x, target = torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last), torch.arange(4)
+    losses = []
+    for model in (plain, ours):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        losses.append([])
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), target)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][-1] < losses[0][0] / 10
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+    assert {row.status for row in resnet_fast.explain(ours) if row.block} == {"fused"}
