@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -185,9 +184,10 @@ def test_a_backend_that_cannot_be_imported_is_passed_over(monkeypatch: pytest.Mo
 @needs_native
 def test_unknown_devices_have_a_reason() -> None:
     for name in BACKENDS:
-        why = importlib.import_module(f"resnet_fast.backends.{name}").why_not(
-            "conv_affine_act", torch.device("xpu"), torch.float32
-        )
+        try:
+            why = backend(name).why_not("conv_affine_act", torch.device("xpu"), torch.float32)
+        except ImportError:  # triton is optional
+            continue
         assert why is not None and why.startswith("device type xpu (supported: ")
 
 
