@@ -366,10 +366,8 @@ def run(
     """
     if _transformed():
         raise Refusal("inside a transform of torch")
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-        raise Refusal("a global forward hook is registered, which must see every inner module")
-    if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
-        raise Refusal("a global backward hook is registered, which must see every inner module")
+    if (kind := _global_hook()) is not None:
+        raise Refusal(f"a global {kind} hook is registered, which must see every inner module")
     if backend is None:
         return _run(module, plan, x, cache, handed)
     with use_backend(backend):
@@ -435,19 +433,18 @@ def program(stage: nn.Module, plans: list[BlockPlan], caches: list[FoldCache], x
 
 def stage_situation(stage: nn.Module, x: Any) -> tuple[Any, ...] | None:
     """``_situation`` of a whole stage; None where it must not run as a program."""
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or _transformed() or _global_hooks():
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or _transformed() or _global_hook():
         return None
     return _situation(stage, x, _OUTSIDE)
 
 
-def _global_hooks() -> bool:
-    hooks = nn_module
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
+def _global_hook() -> str | None:
+    """Of which kind a hook on every module is registered, if one is."""
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return "forward"
+    if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
+        return "backward"
+    return None
 
 
 def _situation(module: nn.Module, x: Tensor, handed: Handed) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from tests.cases import LAYOUTS, NASTY, TINY, Case, inputs
 from tests.tolerance import (
     assert_all_close,
     assert_same_bits,
+    assert_same_bits_by_any_threads,
     backends,
     check,
     eager,
@@ -73,16 +74,7 @@ def test_layout_makes_no_difference(
 def test_same_bits_twice_and_by_any_number_of_threads(
     op: str, variant: str, name: str, device: str, dtype: torch.dtype
 ) -> None:
-    kwargs = inputs(op, THREADS, dtype, device, variant=variant)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = run(op, kwargs, name)
-        torch.set_num_threads(2)
-        assert_same_bits(run(op, kwargs, name), alone)
-        assert_same_bits(run(op, kwargs, name), alone)
-    finally:
-        torch.set_num_threads(threads)
+    assert_same_bits_by_any_threads(op, inputs(op, THREADS, dtype, device, variant=variant), name)
 
 
 # ---- what wins a window

@@ -368,6 +368,19 @@ def run(op: str, kwargs: Kwargs, backend_name: str) -> Any:
         return OPS[op](**kwargs)
 
 
+def assert_same_bits_by_any_threads(op: str, kwargs: Kwargs, backend_name: str) -> None:
+    """The op gives the same bits on one thread and on two, and twice on two."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run(op, kwargs, backend_name)
+        torch.set_num_threads(2)
+        assert_same_bits(run(op, kwargs, backend_name), alone)
+        assert_same_bits(run(op, kwargs, backend_name), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _check_mask(kwargs: Kwargs, z: Tensor, mask: Tensor) -> None:
     """The mask is that of the z beside it."""
     one = torch.ones(z.shape[1], device=z.device)

@@ -7,12 +7,26 @@ convolutions there and can add to what is already in memory (docs/conv.md, entri
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from resnet_fast import buffers
 
 CHANNELS_LAST = torch.channels_last
+
+
+@functools.cache
+def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the library convolves operands of ``dtype`` fastest: on a CPU without AMX tiles float32.
+
+    AVX-512's bfloat16 dot product is slower than its float32, and what lacks it emulates it (docs/conv.md, entry 4).
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    supported = "_is_amx_tile_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
+    return dtype if getattr(torch.cpu, supported, lambda: False)() else torch.float32
 
 
 def _is_pointwise(w_size: list[int], padding: list[int], groups: int) -> bool:

@@ -497,18 +497,6 @@ def maxpool_backward_apply(
 # ---- row conv: the library's convolution, our kernels around it -------------------------------------------------
 
 
-@functools.cache
-def _arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the library convolves operands of ``dtype`` fastest: on a CPU without AMX tiles float32.
-
-    AVX-512's bfloat16 dot product is slower than its float32, and what lacks it emulates it (docs/conv.md, entry 4).
-    """
-    if device.type != "cpu" or dtype == torch.float32:
-        return dtype
-    supported = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}[dtype]
-    return dtype if getattr(torch.cpu, supported, lambda: False)() else torch.float32
-
-
 def _activation(x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
     """An activation, lazy or not, written out channels-last in ``dtype``."""
     if scale is None or shift is None:
@@ -518,6 +506,7 @@ def _activation(x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: to
 
 def _gradient(
     dtype: torch.dtype,
+    overwrite: bool,
     g: Tensor,
     y: Tensor | None,
     mean: Tensor | None,
@@ -526,9 +515,8 @@ def _gradient(
     c: Tensor | None,
     gscale: Tensor | None = None,
     gshift: Tensor | None = None,
-    overwrite: bool = False,
 ) -> Tensor:
-    """A gradient, lazy or not, written out channels-last in ``dtype``; a lazy one may overwrite ``g``."""
+    """A gradient, lazy or not, written out channels-last in ``dtype``; with ``overwrite`` a lazy one over ``g``."""
     if y is None or mean is None or a is None or b is None or c is None:
         return g.to(dtype, memory_format=CHANNELS_LAST)
     return _bn_backward_apply(g, y, mean, a, b, c, gscale, gshift, overwrite).to(dtype)
@@ -547,7 +535,7 @@ def conv_stats(
     beta: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = _arithmetic(x.device, x.dtype)
+    wide = library.arithmetic(x.device, x.dtype)
     y = library.conv(_activation(x, scale, shift, wide), w.to(wide), stride, padding, dilation, groups).to(x.dtype)
     return (y, *bn_stats(y, gamma, beta, eps))
 
@@ -566,8 +554,8 @@ def conv_dgrad(
     b: Tensor | None = None,
     c: Tensor | None = None,
 ) -> Tensor:
-    wide = _arithmetic(g.device, g.dtype)
-    dy = _gradient(wide, g, y, mean, a, b, c)
+    wide = library.arithmetic(g.device, g.dtype)
+    dy = _gradient(wide, False, g, y, mean, a, b, c)
     return library.conv_dgrad(dy, w.to(wide), list(input_size), stride, padding, dilation, groups).to(g.dtype)
 
 
@@ -587,8 +575,8 @@ def conv_wgrad(
     b: Tensor | None = None,
     c: Tensor | None = None,
 ) -> Tensor:
-    wide = _arithmetic(g.device, g.dtype)
-    dy = _gradient(wide, g, y, mean, a, b, c)
+    wide = library.arithmetic(g.device, g.dtype)
+    dy = _gradient(wide, False, g, y, mean, a, b, c)
     operand = _activation(x, scale, shift, wide)
     return library.conv_wgrad(dy, operand, list(weight_size), stride, padding, dilation, groups).to(x.dtype)
 
@@ -637,7 +625,7 @@ def conv_backward(
     gshift: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dy = _gradient(_arithmetic(g.device, g.dtype), g, y, mean, a, b, c, gscale, gshift)
+    dy = _gradient(library.arithmetic(g.device, g.dtype), False, g, y, mean, a, b, c, gscale, gshift)
     geometry = (stride, padding, dilation, groups)
     return _conv_backward(dy, x, w, geometry, (needs_x, needs_w), (scale, shift), residual, False)
 
@@ -652,21 +640,20 @@ def conv_backward_into(
     groups: int,
     needs_x: bool,
     needs_w: bool,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    y: Tensor | None = None,
-    mean: Tensor | None = None,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    c: Tensor | None = None,
-    gscale: Tensor | None = None,
-    gshift: Tensor | None = None,
-    residual: Tensor | None = None,
-    disposable: bool = False,
+    *,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    disposable: bool,
+    **lazy: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``conv_backward`` that may write over ``residual``, which nobody else needs, and over ``g`` if ``disposable``."""
-    disposable = disposable and g is not residual
-    dy = _gradient(_arithmetic(g.device, g.dtype), g, y, mean, a, b, c, gscale, gshift, disposable)
+    """``conv_backward`` that may write over ``residual``, which nobody else needs, and over ``g`` if ``disposable``.
+
+    ``lazy``: y, mean, a, b, c, gscale, gshift, or none of them.
+    """
+    keys = ("y", "mean", "a", "b", "c", "gscale", "gshift")
+    wide = library.arithmetic(g.device, g.dtype)
+    dy = _gradient(wide, disposable and g is not residual, g, *map(lazy.get, keys))
     geometry = (stride, padding, dilation, groups)
     # Not where dy is that memory: dw is still to be read from it.
     overwrite = residual is not None and dy.data_ptr() != residual.data_ptr()

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fast.backends import library
+
 _OPS = ("conv_affine_act",)
 
 
@@ -61,14 +63,9 @@ def _has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@functools.cache
 def conv_affine_act_arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that convolves fastest on inputs of ``dtype``: bfloat16 only where the processor has AMX tiles for it.
-
-    AVX-512's bfloat16 dot product is slower than its float32 (docs/conv.md, entry 4), and what lacks it emulates it.
-    """
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return dtype if dtype != torch.bfloat16 or has_tiles else torch.float32
+    """The dtype that convolves fastest on inputs of ``dtype``."""
+    return library.arithmetic(torch.device("cpu"), dtype)
 
 
 def conv_affine_act_prepare(
