@@ -173,12 +173,46 @@ void bind_stem(py::module_& module, const Stem& ops) {
 }
 
 #ifndef RESNET_FAST_WITHOUT_CPU  // tests/cuda_on_cpu builds the CUDA kernels alone
+void bind_winograd(py::module_& module, const Winograd& ops) {
+  define(module, "winograd_weight_size", ops.winograd_weight_size, arg("c"), arg("k"));
+
+  define(
+      module, "winograd_weight",
+      [f = ops.winograd_weight](Address w, Address u, int64_t c, int64_t k, int64_t c_stride,
+                                int64_t k_stride, int64_t tap_stride, bool flip, DType dtype) {
+        f({w, u, c, k, c_stride, k_stride, tap_stride, flip, dtype});
+      },
+      arg("w"), arg("u"), arg("c"), arg("k"), arg("c_stride"), arg("k_stride"), arg("tap_stride"),
+      arg("flip"), arg("dtype"));
+
+  define(
+      module, "winograd_workspace",
+      [f = ops.winograd_workspace](int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
+                                   int64_t threads) {
+        return f({nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, n, h, w, c, k, threads});
+      },
+      arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("threads"));
+
+  define(
+      module, "winograd_conv",
+      [f = ops.winograd_conv](Address x, Address u, Address shift, Address residual, Address z,
+                              Address workspace, int64_t n, int64_t h, int64_t w, int64_t c,
+                              int64_t k, int64_t threads, DType dtype, bool relu) {
+        f({x, u, shift, residual, z, workspace, n, h, w, c, k, threads, dtype, relu});
+      },
+      arg("x"), arg("u"), arg("shift") = 0, arg("residual") = 0, arg("z"), arg("workspace"),
+      arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("threads"), arg("dtype"), arg("relu"));
+}
+
 void bind_cpu(py::module_ module) {
   bind_bn_act(module, {cpu::bn_workspace, cpu::bn_stats, cpu::bn_finalize, cpu::affine_act,
                        cpu::affine_act_backward, cpu::bn_backward_sums, cpu::bn_backward_finalize,
                        cpu::bn_backward_apply});
   bind_stem(module,
             {cpu::affine_act_maxpool, cpu::maxpool_backward_sums, cpu::maxpool_backward_apply});
+
+  bind_winograd(module, {cpu::winograd_weight_size, cpu::winograd_weight, cpu::winograd_workspace,
+                         cpu::winograd_conv});
 
   module.def("isa", cpu::isa, "The instruction set chosen for this process.");
 

@@ -185,6 +185,33 @@ struct MaxpoolBackwardApply {
   Stream stream;
 };
 
+/// u = the filters w, 3 x 3, as winograd_conv reads them: winograd_weight_size(c, k) floats. Tap (r,
+/// s) of input channel c and output channel k lies at w + k * k_stride + c * c_stride + (3 * r + s)
+/// * tap_stride, or with `flip` at tap (2 - r, 2 - s). dtype is that of winograd_conv's operands.
+struct WinogradWeight {
+  const float* w;
+  float* u;
+  int64_t c, k, c_stride, k_stride, tap_stride;
+  bool flip;
+  DType dtype;
+};
+
+/// z = act(conv(x, w) + shift + residual), 3 x 3, stride 1, padding 1: x is (n, h, w, c), z and
+/// residual (n, h, w, k), u what winograd_weight made of w. act is ReLU or nothing; shift and
+/// residual may be absent; z may alias residual. workspace: winograd_workspace floats, for at most
+/// `threads` threads. A NaN or an infinity in x spreads over the tiles of outputs that it touches.
+struct WinogradConv {
+  const void* x;
+  const float* u;
+  const float* shift;
+  const void* residual;
+  void* z;
+  float* workspace;
+  int64_t n, h, w, c, k, threads;
+  DType dtype;
+  bool relu;
+};
+
 /// The ops on these, as one backend has them or, on the CPU, one instruction set.
 struct BnAct {
   int64_t (*bn_workspace)(int64_t npq, int64_t k);
@@ -203,6 +230,13 @@ struct Stem {
   void (*maxpool_backward_apply)(const MaxpoolBackwardApply&);
 };
 
+struct Winograd {
+  int64_t (*winograd_weight_size)(int64_t c, int64_t k);
+  void (*winograd_weight)(const WinogradWeight&);
+  int64_t (*winograd_workspace)(const WinogradConv&);
+  void (*winograd_conv)(const WinogradConv&);
+};
+
 namespace cpu {
 
 /// Floats of workspace that any of the reductions below needs.
@@ -217,6 +251,10 @@ void bn_backward_apply(const BnBackwardApply& args);
 void affine_act_maxpool(const AffineActMaxpool& args);
 void maxpool_backward_sums(const MaxpoolBackwardSums& args);
 void maxpool_backward_apply(const MaxpoolBackwardApply& args);
+int64_t winograd_weight_size(int64_t c, int64_t k);
+void winograd_weight(const WinogradWeight& args);
+int64_t winograd_workspace(const WinogradConv& args);
+void winograd_conv(const WinogradConv& args);
 
 /// The instruction set that the ops above run on, chosen once: the best one that this CPU has, or
 /// the one that the environment variable RESNET_FAST_ISA names.

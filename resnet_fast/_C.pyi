@@ -210,6 +210,41 @@ class _Ops(Protocol):
 
 class _Cpu(_Ops, Protocol):
     @staticmethod
+    def winograd_weight_size(*, c: int, k: int) -> int: ...
+    @staticmethod
+    def winograd_weight(
+        *,
+        w: Operand,
+        u: Operand,
+        c: int,
+        k: int,
+        c_stride: int,
+        k_stride: int,
+        tap_stride: int,
+        flip: bool,
+        dtype: DType,
+    ) -> None: ...
+    @staticmethod
+    def winograd_workspace(*, n: int, h: int, w: int, c: int, k: int, threads: int) -> int: ...
+    @staticmethod
+    def winograd_conv(
+        *,
+        x: Operand,
+        u: Operand,
+        shift: Operand = 0,
+        residual: Operand = 0,
+        z: Operand,
+        workspace: Operand,
+        n: int,
+        h: int,
+        w: int,
+        c: int,
+        k: int,
+        threads: int,
+        dtype: DType,
+        relu: bool,
+    ) -> None: ...
+    @staticmethod
     def isa() -> str: ...
     @staticmethod
     def fingerprint(*, addresses: list[int], nbytes: list[int], stride: int) -> int: ...

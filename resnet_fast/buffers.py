@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["empty", "release"]
+__all__ = ["empty", "release", "scratch"]
 
 #: From this size on, glibc maps a block by itself (DEFAULT_MMAP_THRESHOLD_MAX).
 SMALLEST = 32 * 2**20
@@ -92,9 +92,27 @@ def _find(nbytes: int) -> _Block:
     return block
 
 
+class _Scratch(threading.local):
+    """Each thread has its own: nobody else can be using it."""
+
+    memory: Tensor | None = None
+
+
+_scratch = _Scratch()
+
+
+def scratch(count: int) -> Tensor:
+    """``count`` uninitialised floats on the CPU, the same at every call from this thread: valid until the next one."""
+    memory = _scratch.memory
+    if memory is None or memory.numel() < count:
+        memory = _scratch.memory = torch.empty(count, dtype=torch.float32)
+    return memory
+
+
 def release() -> None:
-    """Give back all memory that nobody holds."""
+    """Give back all memory that nobody holds, and this thread's scratch."""
     global _most_in_use
+    _scratch.memory = None
     with _lock:
         _trim(0)
         _most_in_use = 0

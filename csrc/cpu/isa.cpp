@@ -12,6 +12,7 @@ struct Isa {
   bool (*supported)();
   const BnAct* bn_act;
   const Stem* stem;
+  const Winograd* winograd;
 };
 
 #if defined(__x86_64__)
@@ -29,10 +30,10 @@ bool has_avx512() {
 // Best first.
 const Isa ISAS[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, &avx512::bn_act, &avx512::stem},
-    {"avx2", has_avx2, &avx2::bn_act, &avx2::stem},
+    {"avx512", has_avx512, &avx512::bn_act, &avx512::stem, &avx512::winograd},
+    {"avx2", has_avx2, &avx2::bn_act, &avx2::stem, &avx2::winograd},
 #endif
-    {"baseline", [] { return true; }, &baseline::bn_act, &baseline::stem},
+    {"baseline", [] { return true; }, &baseline::bn_act, &baseline::stem, &baseline::winograd},
 };
 
 const Isa& choose() {
@@ -51,6 +52,7 @@ const Isa& chosen() {
 
 const BnAct& ops() { return *chosen().bn_act; }
 const Stem& stem() { return *chosen().stem; }
+const Winograd& winograd() { return *chosen().winograd; }
 
 }  // namespace
 
@@ -69,5 +71,9 @@ void maxpool_backward_sums(const MaxpoolBackwardSums& args) { stem().maxpool_bac
 void maxpool_backward_apply(const MaxpoolBackwardApply& args) {
   stem().maxpool_backward_apply(args);
 }
+int64_t winograd_weight_size(int64_t c, int64_t k) { return winograd().winograd_weight_size(c, k); }
+void winograd_weight(const WinogradWeight& args) { winograd().winograd_weight(args); }
+int64_t winograd_workspace(const WinogradConv& args) { return winograd().winograd_workspace(args); }
+void winograd_conv(const WinogradConv& args) { winograd().winograd_conv(args); }
 
 }  // namespace resnet_fast::cpu

@@ -1,4 +1,4 @@
-// bn_act.cpp and stem.cpp as they were compiled for each instruction set.
+// bn_act.cpp, stem.cpp and winograd.cpp as they were compiled for each instruction set.
 #pragma once
 
 #include "../resnet_fast.h"
@@ -8,17 +8,20 @@ namespace resnet_fast::cpu {
 namespace baseline {
 extern const BnAct bn_act;
 extern const Stem stem;
+extern const Winograd winograd;
 }  // namespace baseline
 
 #if defined(__x86_64__)
 namespace avx2 {
 extern const BnAct bn_act;
 extern const Stem stem;
+extern const Winograd winograd;
 }  // namespace avx2
 
 namespace avx512 {
 extern const BnAct bn_act;
 extern const Stem stem;
+extern const Winograd winograd;
 }  // namespace avx512
 #endif
 

@@ -96,6 +96,21 @@ RESNET_FAST_INLINE void store_bits(T* p, V value) {
 
 RESNET_FAST_INLINE Vec load(const float* p) { return load_bits<Vec>(p); }
 
+/// The float at p in every lane.
+RESNET_FAST_INLINE Vec broadcast(const float* p) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(*p);
+#elif defined(__AVX2__)
+  return _mm256_broadcast_ss(p);
+#elif defined(__SSE2__)
+  return _mm_set1_ps(*p);
+#else
+  Vec value;
+  for (int i = 0; i < LANES; ++i) value[i] = *p;
+  return value;
+#endif
+}
+
 RESNET_FAST_INLINE void store(float* p, Vec value) { store_bits(p, value); }
 
 /// The two vectors of a pack's values. Which channel is where, Storage::channel says.

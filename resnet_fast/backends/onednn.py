@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fast.backends import library
+from resnet_fast.backends import library, winograd
 
 _OPS = ("conv_affine_act",)
 
@@ -74,7 +74,11 @@ def conv_affine_act_prepare(
     """``w`` in the blocked layout that oneDNN's convolution wants for this input size; opaque to everyone else.
 
     The size matters: a weight laid out for another one is laid out anew at every call (docs/conv.md, entry 2).
+    Where our own convolution is the faster, the weight is laid out for it, and run by it.
     """
+    geometry = (stride, padding, dilation, groups)
+    if winograd.why_not(w.device, list(w.shape), input_size, *geometry, w.dtype) is None:
+        return winograd.weight(w, w.dtype)
     return torch.ops.mkldnn._reorder_convolution_weight(w.contiguous(), padding, stride, dilation, groups, input_size)
 
 
@@ -83,9 +87,12 @@ def _check(
 ) -> None:
     """oneDNN itself reads whatever lies there. ``geometry``: stride, padding, dilation."""
     for name, t in (("x", x), ("w", w)):
-        if t.dim() != 4:
+        if t.dim() != 4 and not (t is w and winograd.is_weight(w)):
             raise ValueError(f"{name}: found {t.dim()} dimensions, supported are 4")
-    k = w.shape[0]
+    ours = winograd.is_weight(w)
+    k = shift.numel() if ours else w.shape[0]
+    if ours and w.numel() != winograd.weight_size(x.shape[1], k):
+        raise ValueError(f"w: found {w.numel()} values, prepared for other channels than {x.shape[1]} and {k}")
     if w.dtype != x.dtype and w.layout == torch.strided:
         raise ValueError(f"w: found {w.dtype}, expected {x.dtype}, the dtype of x")
     for name, vector in (("shift", shift), ("scale", scale)):
@@ -94,7 +101,8 @@ def _check(
     if residual is None:
         return
     stride, padding, dilation = geometry
-    size = [(x.shape[i + 2] + 2 * padding[i] - dilation[i] * (w.shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    kernel = (3, 3) if ours else w.shape[2:]
+    size = [(x.shape[i + 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     if residual.shape != (x.shape[0], k, *size) or residual.dtype != x.dtype:
         raise ValueError(
             f"residual: found {tuple(residual.shape)} {residual.dtype}, expected {(x.shape[0], k, *size)} {x.dtype}"
@@ -114,6 +122,12 @@ def conv_affine_act(
     relu: bool = True,
 ) -> Tensor:
     _check(x, w, shift, scale, residual, (stride, padding, dilation))
+    if winograd.is_weight(w):
+        if scale is not None:
+            raise ValueError("scale: found one beside a prepared weight; fold it into the weight first")
+        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return winograd.conv(x, w, shift.shape[0], shift.float(), residual, relu)
     if x.dtype == torch.bfloat16 and not _has_bfloat16():
         z = conv_affine_act(
             x.float(),
@@ -160,6 +174,8 @@ def conv_affine_act_plain(
     relu: bool,
 ) -> Tensor:
     """``conv_affine_act`` without a residual and without checks: all in one dtype, x channels-last, w prepared."""
+    if winograd.is_weight(w):
+        return winograd.conv(x, w, shift.shape[0], shift, None, relu)
     return _convolution().plain(x, w, shift, padding, stride, dilation, groups, "relu" if relu else "none", [], "")
 
 
@@ -178,6 +194,8 @@ def conv_affine_act_into(
 
     Nothing is checked. All in one dtype, x and residual channels-last, the residual in the shape of z.
     """
+    if winograd.is_weight(w):
+        return winograd.conv(x, w, shift.shape[0], shift, residual, relu, residual)
     act = "relu" if relu else None
     try:
         return _convolution().binary_into(

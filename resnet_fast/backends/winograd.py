@@ -1,0 +1,129 @@
+"""Our own 3x3 convolutions of stride 1 on a CPU, after Winograd (csrc/cpu/winograd.cpp), for the backends. No backend.
+
+They multiply 2.25 times less than the library's, with errors of the same order (docs/conv.md), where ``why_not`` lets
+them. A filter is transformed once, by ``weight``, into a tensor of five dimensions that ``conv`` reads.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from resnet_fast import buffers
+
+try:
+    from resnet_fast import _C
+except ImportError:  # built without it: why_not says so
+    _C = None  # type: ignore[assignment]
+
+CHANNELS_LAST = torch.channels_last
+
+#: Channels below which too little is multiplied to pay for the transforms.
+_CHANNELS = 32
+
+
+@functools.cache
+def _dtypes() -> dict[torch.dtype, _C.DType]:
+    return {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
+
+
+def why_not(
+    device: torch.device,
+    w_size: list[int],
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> str | None:
+    """None where ``conv`` runs this convolution and is the faster, else the reason."""
+    if device.type != "cpu" or _C is None:
+        return "not on a CPU with resnet_fast._C"
+    if dtype != torch.float32:
+        return "not float32"
+    if w_size[2:] != [3, 3] or stride != [1, 1] or padding != [1, 1] or dilation != [1, 1] or groups != 1:
+        return "not 3x3, stride 1, padding 1, without dilation and groups"
+    if min(w_size[:2]) < _CHANNELS:
+        return f"fewer than {_CHANNELS} channels"
+    return None
+
+
+def weight(w: Tensor, dtype: torch.dtype, flip: bool = False) -> Tensor:
+    """The filters ``w`` (K, C, 3, 3) as ``conv`` reads them for an x of ``dtype``, float32, opaque to everyone else.
+
+    ``flip``: of the convolution that takes dy to dx: K and C changed places, the taps in reverse order.
+    """
+    if w.dtype != torch.float32:
+        w = w.float()
+    k, c, _, _ = w.shape
+    k_stride, c_stride, row_stride, tap_stride = w.stride()
+    if row_stride != 3 * tap_stride:
+        w = w.contiguous(memory_format=CHANNELS_LAST)
+        k_stride, c_stride, _, tap_stride = w.stride()
+    if flip:
+        k, c, k_stride, c_stride = c, k, c_stride, k_stride
+    u = torch.empty(weight_size(c, k), dtype=torch.float32)
+    _C.cpu.winograd_weight(
+        w=w,
+        u=u,
+        c=c,
+        k=k,
+        c_stride=c_stride,
+        k_stride=k_stride,
+        tap_stride=tap_stride,
+        flip=flip,
+        dtype=_dtypes()[dtype],
+    )
+    return u.view(1, 1, 1, 1, -1)
+
+
+def weight_size(c: int, k: int) -> int:
+    """Values of a ``weight`` from ``c`` to ``k`` channels."""
+    return _C.cpu.winograd_weight_size(c=c, k=k)
+
+
+def is_weight(w: Tensor) -> bool:
+    """Whether ``weight`` made it."""
+    return w.dim() == 5
+
+
+def conv(
+    x: Tensor,
+    u: Tensor,
+    k: int,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    z: Tensor | None = None,
+) -> Tensor:
+    """act(conv(x, w) + shift + residual) (N, ``k``, H, W), channels-last, into ``z`` if given, which may be ``residual``.
+
+    Nothing is checked. x, residual, z channels-last, in the dtype that ``u`` was made for; shift float32.
+    """
+    n, c, h, wide = x.shape
+    if z is None:
+        z = buffers.empty((n, k, h, wide), x.dtype)
+        if z is None:
+            z = torch.empty((n, k, h, wide), dtype=x.dtype, memory_format=CHANNELS_LAST)
+    threads = torch.get_num_threads()
+    workspace = _C.cpu.winograd_workspace(n=n, h=h, w=wide, c=c, k=k, threads=threads)
+    _C.cpu.winograd_conv(
+        x=x,
+        u=u,
+        shift=shift,
+        residual=residual,
+        z=z,
+        workspace=buffers.scratch(workspace),
+        n=n,
+        h=h,
+        w=wide,
+        c=c,
+        k=k,
+        threads=threads,
+        dtype=_dtypes()[x.dtype],
+        relu=relu,
+    )
+    return z
