@@ -24,9 +24,13 @@ constexpr int ROWS = 6;
 #endif
 // Floats of transformed input that stay in the level-2 cache, beside the weights that pass.
 constexpr int64_t RESIDENT = 240 * 1024;
-// What it costs to fetch a panel of weights, in row blocks multiplied with it.
-constexpr double FETCH = 0.5;
-// What it costs to transform a row block's channels in and out, in panels multiplied with it.
+// Input channels whose filters are transformed at a time, into the level-2 cache, and those that
+// are together in it: 16 parts of them are written in turns, and must fit into L1 with few pages.
+constexpr int64_t CHUNK = 128;
+constexpr int PIECE = 8;
+// What it costs to transform a panel of filters, in row blocks multiplied with it.
+constexpr double EXPAND = 0.4;
+// What it costs to transform a row block's channels, in panels multiplied with it.
 constexpr double TRANSFORM = 0.1;
 
 /// The transforms along one axis, on vectors of channels.
@@ -41,9 +45,10 @@ struct Axis<2> {
     const Vec a = d[0] - d[2], b = d[1] + d[2], c = d[2] - d[1], e = d[1] - d[3];
     d[0] = a, d[1] = b, d[2] = c, d[3] = e;
   }
+  /// The middle tap comes halved.
   RESNET_FAST_INLINE void filter(const Vec (&g)[3], Vec (&u)[A]) {
-    const Vec outer = (g[0] + g[2]) * 0.5f, middle = g[1] * 0.5f;
-    u[0] = g[0], u[1] = outer + middle, u[2] = outer - middle, u[3] = g[2];
+    const Vec half = Vec{} + 0.5f, sum = g[0] + g[2];
+    u[0] = g[0], u[1] = fma(sum, half, g[1]), u[2] = fma(sum, half, -g[1]), u[3] = g[2];
   }
   RESNET_FAST_INLINE void output(const Vec (&m)[A], Vec (&y)[2]) {
     y[0] = m[0] + m[1] + m[2];
@@ -60,13 +65,26 @@ struct Grid {
       : n(args.n), h(args.h), w(args.w), down(cdiv(args.h, M)), across(cdiv(args.w, M)) {}
 
   int64_t count() const { return n * down * across; }
+};
 
-  /// The tile's image, and the row and the column of its first output.
-  struct Place {
-    int64_t image, row, column;
-  };
-  Place operator[](int64_t i) const {
-    return {i / across / down, i / across % down * M, i % across * M};
+/// A tile: its image, and the row and the column of its first output.
+template <int M>
+struct Place {
+  int64_t image, row, column;
+
+  Place(const Grid<M>& grid, int64_t i)
+      : image(i / grid.across / grid.down),
+        row(i / grid.across % grid.down * M),
+        column(i % grid.across * M) {}
+
+  void advance(const Grid<M>& grid) {
+    column += M;
+    if (column < grid.w) return;
+    column = 0;
+    row += M;
+    if (row < grid.h) return;
+    row = 0;
+    ++image;
   }
 };
 
@@ -86,7 +104,7 @@ Cut cut(int64_t tiles, int64_t c, int64_t k, int64_t threads, int area) {
     for (int64_t groups = 1; groups <= smaller(panels, threads); ++groups) {
       const double turns = static_cast<double>(cdiv(blocks * groups, threads));
       const double width = static_cast<double>(cdiv(panels, groups));
-      const double time = turns * (width * (rows + FETCH) + rows * TRANSFORM);
+      const double time = turns * (width * (rows + EXPAND) + rows * TRANSFORM);
       if (best.rows == 0 || time < least) {
         least = time;
         best = {row_blocks, rows, blocks, groups};
@@ -96,96 +114,195 @@ Cut cut(int64_t tiles, int64_t c, int64_t k, int64_t threads, int area) {
   return best;
 }
 
-/// Floats of one row block's transformed input; a line more than it takes, lest all of its parts
-/// fall into the same sets of a cache.
-int64_t resident(int64_t c, int area) { return area * (ROWS * padded(c) + 16); }
-
 template <int M>
 constexpr int AREA = Axis<M>::A* Axis<M>::A;
 
+/// A thread's workspace, in floats: the transformed input of some row blocks, their products, and
+/// transformed filters. A line lies between the parts, lest they fall into the same cache sets.
 template <int M>
-int64_t workspace_of(const WinogradConv& args) {
-  const Grid<M> grid(args);
-  if (grid.count() == 0) return 0;
-  const Cut c = cut(grid.count(), args.c, args.k, args.threads, AREA<M>);
-  return c.rows * resident(args.c, AREA<M>) + AREA<M> * ROWS * PACK;
+struct Layout {
+  Cut work;
+  int64_t block, product, filters, kept;
+
+  explicit Layout(const WinogradConv& args)
+      : work(cut(Grid<M>(args).count(), args.c, args.k, args.threads, AREA<M>)),
+        block(AREA<M> * ROWS * padded(args.c) + 16),
+        product(AREA<M> * ROWS * PACK + 16),
+        filters(AREA<M> * smaller(padded(args.c), CHUNK) * PACK),
+        kept(padded(args.c) > CHUNK ? work.rows : 1) {}
+
+  float* inputs(float* workspace, int64_t i) const { return workspace + i * block; }
+  float* products(float* workspace, int64_t i) const {
+    return workspace + work.rows * block + (kept > 1 ? i * product : 0);
+  }
+  float* chunk(float* workspace) const { return workspace + work.rows * block + kept * product; }
+  int64_t size() const { return work.rows * block + kept * product + filters; }
+};
+
+/// Half of a pack of channels.
+template <int HALF, class T>
+RESNET_FAST_INLINE Vec load_half(const T* p, All lanes) {
+  if constexpr (Storage<T>::PARTS == 2) {
+    Pack<T> pack;
+    pack.v[HALF] = load_bits<typename Storage<T>::Part>(p + HALF * LANES);
+    return widen(pack).v[HALF];
+  } else {
+    return widen(load_pack(p, lanes)).v[HALF];
+  }
 }
 
-template <int HALF, class T, class Lanes>
-RESNET_FAST_INLINE Vec load_half(const T* p, Lanes lanes) {
+template <int HALF, class T>
+RESNET_FAST_INLINE Vec load_half(const T* p, First lanes) {
   return widen(load_pack(p, lanes)).v[HALF];
 }
 
-/// v = Bt d B of one tile, at a pack of channels. `parts` floats lie between the A^2 results.
-template <int M, int HALF, class T, class Lanes>
-RESNET_FAST_INLINE void input_half(const T* x, int64_t row_stride, int64_t column_stride,
-                                   const bool* rows_in, const bool* columns_in, bool inside,
-                                   float* v, int64_t parts, Lanes lanes) {
+/// The input of a tile: where its first value lies, or would lie outside of the image; which of
+/// its rows and columns are inside; whether it shares columns with the tile before it.
+struct Patch {
+  int64_t start;
+  uint32_t rows, columns;
+  bool follows;
+};
+
+template <int M>
+void find_patches(const Grid<M>& grid, int64_t c, int64_t first, int64_t count,
+                  Patch (&patches)[ROWS]) {
   constexpr int A = Axis<M>::A;
-  // The next tile's place, which is in the level-2 cache at best.
-  for (int i = 0; i < A * A; ++i) __builtin_prefetch(v + i * parts + HALF * LANES + PACK, 1);
-  Vec d[A][A];
-  for (int j = 0; j < A; ++j) {
-    Vec column[A];
+  Place<M> place(grid, first);
+  for (int64_t t = 0; t < count; ++t, place.advance(grid)) {
+    Patch& patch = patches[t];
+    patch.start = ((place.image * grid.h + place.row - 1) * grid.w + place.column - 1) * c;
+    patch.rows = patch.columns = 0;
     for (int i = 0; i < A; ++i) {
-      const bool in = inside || (rows_in[i] && columns_in[j]);
-      column[i] = in ? load_half<HALF>(x + i * row_stride + j * column_stride, lanes) : Vec{};
+      patch.rows |= (place.row + i >= 1 && place.row + i <= grid.h) << i;
+      patch.columns |= (place.column + i >= 1 && place.column + i <= grid.w) << i;
     }
-    Axis<M>::input(column);
-    for (int i = 0; i < A; ++i) d[i][j] = column[i];
-  }
-  for (int i = 0; i < A; ++i) {
-    Axis<M>::input(d[i]);
-    for (int j = 0; j < A; ++j) store(v + (i * A + j) * parts + HALF * LANES, d[i][j]);
+    patch.follows = t > 0 && place.column > 0;
   }
 }
 
-/// The tiles [first, first + count) of one row block into v: (A^2, padded(c) / PACK, count, PACK).
+template <class T>
+RESNET_FAST_INLINE void prefetch_pack(const T* p) {
+  constexpr int LINE = 64;
+  for (int i = 0; i < static_cast<int>(sizeof(Pack<T>)); i += LINE) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + i);
+  }
+}
+
+/// v = Bt d B at half a pack of channels of `count` tiles: (A^2, count, PACK).
+template <int M, int HALF, class T, class Lanes>
+RESNET_FAST_INLINE void transform_half(const T* x, int64_t row_stride, int64_t column_stride,
+                                       const Patch* patches, int64_t count, float* v,
+                                       Lanes lanes) {
+  constexpr int A = Axis<M>::A;
+  constexpr uint32_t WHOLE = (1u << A) - 1;
+  Vec columns[A][A] = {};  // of the patch, each transformed: some serve the next tile, too
+  for (int64_t t = 0; t < count; ++t, v += PACK) {
+    const Patch& patch = patches[t];
+    const T* at = x + patch.start;
+    if (HALF == 0) {  // what comes four tiles later: it is seldom in the level-2 cache
+      for (int i = A - M; i < A; ++i) {
+        for (int j = A - M; j < A; ++j) {
+          prefetch_pack(at + i * row_stride + (j + 4 * M) * column_stride);
+        }
+      }
+    }
+    const auto fill = [&](int first, auto whole) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+      for (int j = 0; j < A; ++j) {
+        if (j < first) continue;
+#pragma GCC unroll 6
+        for (int i = 0; i < A; ++i) {
+          const bool in = whole() || (patch.rows >> i & patch.columns >> j & 1);
+          columns[j][i] = in ? load_half<HALF>(at + i * row_stride + j * column_stride, lanes)
+                             : Vec{};
+        }
+        Axis<M>::input(columns[j]);
+      }
+    };
+    if (patch.follows) {
+      for (int j = 0; j < A - M; ++j) {
+        for (int i = 0; i < A; ++i) columns[j][i] = columns[M + j][i];
+      }
+      if (patch.rows == WHOLE && patch.columns == WHOLE) {
+        fill(A - M, std::true_type{});
+      } else {
+        fill(A - M, std::false_type{});
+      }
+    } else {
+      fill(0, std::false_type{});
+    }
+    for (int i = 0; i < A; ++i) {
+      Vec row[A];
+      for (int j = 0; j < A; ++j) row[j] = columns[j][i];
+      Axis<M>::input(row);
+      for (int j = 0; j < A; ++j) store(v + (i * A + j) * count * PACK + HALF * LANES, row[j]);
+    }
+  }
+}
+
+/// The tiles [first, first + count), a row block, into v: (packs, A^2, count, PACK).
 template <int M, class T>
 void transform_input(const WinogradConv& args, const Grid<M>& grid, int64_t first, int64_t count,
-                     float* v, int64_t parts) {
+                     float* v) {
+  Patch patches[ROWS];
+  find_patches(grid, args.c, first, count, patches);
+  for_each_pack(0, args.c, [&](int64_t channel, auto lanes) {
+    const T* x = static_cast<const T*>(args.x) + channel;
+    float* out = v + channel * AREA<M> * count;
+    transform_half<M, 0>(x, grid.w * args.c, args.c, patches, count, out, lanes);
+    transform_half<M, 1>(x, grid.w * args.c, args.c, patches, count, out, lanes);
+  });
+}
+
+/// u = G g Gt of `count` input channels (a multiple of PIECE) and a panel of output channels, from
+/// w (count, 9, PACK): (count / PIECE, A^2, PIECE, PACK).
+template <int M>
+void transform_filters(const float* w, int64_t count, float* u) {
   constexpr int A = Axis<M>::A;
-  const int64_t c = args.c, column_stride = c, row_stride = grid.w * c;
-  for (int64_t t = 0; t < count; ++t) {
-    const auto place = grid[first + t];
-    bool rows_in[A], columns_in[A], inside = true;
-    for (int i = 0; i < A; ++i) {
-      rows_in[i] = place.row - 1 + i >= 0 && place.row - 1 + i < grid.h;
-      columns_in[i] = place.column - 1 + i >= 0 && place.column - 1 + i < grid.w;
-      inside = inside && rows_in[i] && columns_in[i];
-    }
-    const T* x = static_cast<const T*>(args.x) +
-                 ((place.image * grid.h + place.row - 1) * grid.w + place.column - 1) * c;
-    for_each_pack(0, c, [&](int64_t channel, auto lanes) __attribute__((always_inline)) {
-      float* out = v + channel * count + t * PACK;
-      const auto both = [&](auto in) __attribute__((always_inline)) {
-        input_half<M, 0>(x + channel, row_stride, column_stride, rows_in, columns_in, in(), out,
-                         parts, lanes);
-        input_half<M, 1>(x + channel, row_stride, column_stride, rows_in, columns_in, in(), out,
-                         parts, lanes);
-      };
-      if (inside) {
-        both(std::true_type{});
-      } else {
-        both(std::false_type{});
+  for (int64_t i = 0; i < count; ++i, w += 9 * PACK) {
+    float* out = u + (i / PIECE * AREA<M> * PIECE + i % PIECE) * PACK;
+    for (int half = 0; half < PACK; half += LANES) {
+      Vec rows[A][3];
+      for (int s = 0; s < 3; ++s) {
+        const Vec g[3] = {load(w + s * PACK + half), load(w + (3 + s) * PACK + half),
+                          load(w + (6 + s) * PACK + half)};
+        Vec column[A];
+        Axis<M>::filter(g, column);
+        for (int j = 0; j < A; ++j) rows[j][s] = column[j];
       }
-    });
+      for (int j = 0; j < A; ++j) {
+        Vec row[A];
+        Axis<M>::filter(rows[j], row);
+        for (int l = 0; l < A; ++l) store(out + (j * A + l) * PIECE * PACK + half, row[l]);
+      }
+    }
   }
 }
 
-/// m (rows, PACK) = v (packs, rows, PACK) x u (packs * PACK, PACK).
+/// m (N, PACK) = m + v x u, or v x u where `begins`: v (packs, area, N, PACK), u (packs * PACK /
+/// PIECE, area, PIECE, PACK), of which one part each. At every channel a line from `ahead` on is
+/// asked for, `step` bytes further each time.
 template <int N>
-void multiply(const float* v, const float* u, int64_t packs, float* m) {
-  Vec sum[N][2] = {};
-  for (int64_t pack = 0; pack < packs; ++pack, v += N * PACK) {
-#pragma GCC unroll 4
-    for (int i = 0; i < PACK; ++i, u += PACK) {
-      const Vec left = load(u), right = load(u + LANES);
+void multiply(const float* v, const float* u, int64_t packs, int area, bool begins, float* m,
+              const char* ahead, int64_t step) {
+  Vec sum[N][2];
 #pragma GCC unroll 14
-      for (int r = 0; r < N; ++r) {
-        const Vec value = broadcast(v + r * PACK + i);
-        sum[r][0] = fma(value, left, sum[r][0]);
-        sum[r][1] = fma(value, right, sum[r][1]);
+  for (int r = 0; r < N; ++r) {
+    sum[r][0] = begins ? Vec{} : load(m + r * PACK);
+    sum[r][1] = begins ? Vec{} : load(m + r * PACK + LANES);
+  }
+  for (int64_t pack = 0; pack < packs; ++pack, v += area * N * PACK) {
+    for (int piece = 0; piece < PACK; piece += PIECE, u += area * PIECE * PACK) {
+      for (int i = 0; i < PIECE; ++i, ahead += step) {
+        __builtin_prefetch(ahead, 0, 2);
+        const Vec left = load(u + i * PACK), right = load(u + i * PACK + LANES);
+#pragma GCC unroll 14
+        for (int r = 0; r < N; ++r) {
+          const Vec value = broadcast(v + r * PACK + piece + i);
+          sum[r][0] = fma(value, left, sum[r][0]);
+          sum[r][1] = fma(value, right, sum[r][1]);
+        }
       }
     }
   }
@@ -196,7 +313,7 @@ void multiply(const float* v, const float* u, int64_t packs, float* m) {
   }
 }
 
-using Multiply = void (*)(const float*, const float*, int64_t, float*);
+using Multiply = decltype(&multiply<1>);
 
 template <int... N>
 Multiply multiply_rows(int64_t rows, std::integer_sequence<int, N...>) {
@@ -231,8 +348,8 @@ void transform_output(const WinogradConv& args, const Grid<M>& grid, int64_t fir
   const Pair shift = args.shift ? Pair{{vectors(0, 0, 0), vectors(0, 0, 1)}} : Pair{};
   const T* residual = static_cast<const T*>(args.residual);
   T* z = static_cast<T*>(args.z);
-  for (int64_t t = 0; t < count; ++t) {
-    const auto place = grid[first + t];
+  Place<M> place(grid, first);
+  for (int64_t t = 0; t < count; ++t, place.advance(grid)) {
     Pair y[M][M];
     output_half<M, 0>(m + t * PACK, count * PACK, y);
     output_half<M, 1>(m + t * PACK, count * PACK, y);
@@ -261,106 +378,98 @@ void winograd_conv_kernel(const WinogradConv& args) {
   const Grid<M> grid(args);
   if (grid.count() == 0 || args.k == 0) return;
   constexpr int area = AREA<M>;
+  const Layout<M> layout(args);
+  const Cut& work = layout.work;
   const int64_t tiles = grid.count(), c = padded(args.c), panels = cdiv(args.k, PACK);
-  const Cut work = cut(tiles, args.c, args.k, args.threads, area);
-  const int64_t size = workspace_of<M>(args);
   const int64_t count = work.blocks * work.groups;
 #pragma omp parallel for schedule(static) num_threads(args.threads) if (count > 1)
   for (int64_t task = 0; task < count; ++task) {
-    float* v = args.workspace + omp_get_thread_num() * size;
-    float* m = v + work.rows * resident(args.c, area);
+    float* workspace = args.workspace + omp_get_thread_num() * layout.size();
     const int64_t block = task / work.groups, group = task % work.groups;
     const int64_t first = block * work.row_blocks / work.blocks;
     const int64_t last = (block + 1) * work.row_blocks / work.blocks;
-    // The tiles of a row block: all alike, but for one.
+    // The first tile of a row block: they are all alike, but for one tile.
     const auto tile = [&](int64_t i) { return i * tiles / work.row_blocks; };
     for (int64_t i = first; i < last; ++i) {
-      const int64_t rows = tile(i + 1) - tile(i);
-      transform_input<M, T>(args, grid, tile(i), rows, v + (i - first) * resident(args.c, area),
-                            rows * c + 16);
+      transform_input<M, T>(args, grid, tile(i), tile(i + 1) - tile(i),
+                            layout.inputs(workspace, i - first));
     }
     for (int64_t panel = group * panels / work.groups; panel < (group + 1) * panels / work.groups;
          ++panel) {
-      const float* u = args.u + panel * area * c * PACK;
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t rows = tile(i + 1) - tile(i);
-        const Multiply f = multiply_rows(rows, std::make_integer_sequence<int, ROWS>{});
-        const float* operand = v + (i - first) * resident(args.c, area);
-        for (int part = 0; part < area; ++part) {
-          f(operand + part * (rows * c + 16), u + part * c * PACK, c / PACK, m + part * rows * PACK);
+      for (int64_t channel = 0; channel < c; channel += CHUNK) {
+        const int64_t depth = smaller(CHUNK, c - channel);
+        const float* w = args.u + (panel * c + channel) * 9 * PACK;
+        float* u = layout.chunk(workspace);
+        transform_filters<M>(w, depth, u);
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t rows = tile(i + 1) - tile(i);
+          const Multiply f = multiply_rows(rows, std::make_integer_sequence<int, ROWS>{});
+          const float* v = layout.inputs(workspace, i - first) + channel * area * rows;
+          float* m = layout.products(workspace, i - first);
+          const bool begins = channel == 0, ends = channel + depth == c;
+          // The next filters: 9 lines to a half of 16 channels.
+          const char* next = reinterpret_cast<const char*>(w + depth * 9 * PACK);
+          const int64_t step = i == first ? 9 * PACK * 4 / area : 0;
+          for (int part = 0; part < area; ++part) {
+            f(v + part * rows * PACK, u + part * PIECE * PACK, depth / PACK, area, begins,
+              m + part * rows * PACK, next + part * depth * step, step);
+          }
+          if (!ends) continue;
+          for_each_pack(panel * PACK, smaller((panel + 1) * PACK, args.k),
+                        [&](int64_t first_k, auto lanes) {
+                          transform_output<M, T>(args, grid, tile(i), rows, m, first_k, lanes);
+                        });
         }
-        for_each_pack(panel * PACK, smaller((panel + 1) * PACK, args.k),
-                      [&](int64_t channel, auto lanes) {
-                        transform_output<M, T>(args, grid, tile(i), rows, m, channel, lanes);
-                      });
       }
     }
   }
 }
 
-/// u = G g Gt of a panel of output channels and a vector's worth of input channels, in the order in
-/// which packs of T are widened.
-template <int M, class T>
+/// u (panels, padded(c), 9, PACK) of a panel of output channels and a vector's worth of input
+/// channels, in the order in which packs of T are widened.
+template <class T>
 void winograd_weight_tile(const WinogradWeight& args, int64_t panel, int64_t first) {
-  constexpr int A = Axis<M>::A;
-  alignas(64) float taps[9][LANES][PACK] = {};
   const int64_t start = first / PACK * PACK;
   const int half = static_cast<int>(first - start) / LANES;
+  float* u = args.u + (panel * padded(args.c) + first) * 9 * PACK;
   for (int h = 0; h < 2; ++h) {
     for (int lane = 0; lane < LANES; ++lane) {
       const int64_t k = panel * PACK + Storage<T>::channel(h, lane);
-      for (int i = 0; i < LANES && k < args.k; ++i) {
+      for (int i = 0; i < LANES; ++i) {
         const int64_t c = start + Storage<T>::channel(half, i);
-        if (c >= args.c) continue;
-        const float* w = args.w + k * args.k_stride + c * args.c_stride;
+        const bool in = k < args.k && c < args.c;
+        const float* w = args.w + (in ? k * args.k_stride + c * args.c_stride : 0);
+        float* out = u + i * 9 * PACK + h * LANES + lane;
         for (int tap = 0; tap < 9; ++tap) {
-          taps[args.flip ? 8 - tap : tap][i][h * LANES + lane] = w[tap * args.tap_stride];
+          const float scale = (tap / 3 == 1 ? 0.5f : 1) * (tap % 3 == 1 ? 0.5f : 1);
+          out[(args.flip ? 8 - tap : tap) * PACK] = in ? w[tap * args.tap_stride] * scale : 0;
         }
-      }
-    }
-  }
-  const int64_t c = padded(args.c);
-  float* u = args.u + (panel * AREA<M> * c + first) * PACK;
-  for (int i = 0; i < LANES; ++i) {
-    for (int h = 0; h < 2; ++h) {
-      Vec rows[A][3];
-      for (int s = 0; s < 3; ++s) {
-        const auto tap = [&](int r) { return load(&taps[3 * r + s][i][h * LANES]); };
-        const Vec g[3] = {tap(0), tap(1), tap(2)};
-        Vec column[A];
-        Axis<M>::filter(g, column);
-        for (int j = 0; j < A; ++j) rows[j][s] = column[j];
-      }
-      for (int j = 0; j < A; ++j) {
-        Vec row[A];
-        Axis<M>::filter(rows[j], row);
-        for (int l = 0; l < A; ++l) store(u + ((j * A + l) * c + i) * PACK + h * LANES, row[l]);
       }
     }
   }
 }
 
-template <int M, class T>
+template <class T>
 void winograd_weight_kernel(const WinogradWeight& args) {
   const int64_t panels = cdiv(args.k, PACK), parts = padded(args.c) / LANES;
 #pragma omp parallel for schedule(static) if (args.k * args.c * 9 > SERIAL)
   for (int64_t i = 0; i < panels * parts; ++i) {
-    winograd_weight_tile<M, T>(args, i / parts, i % parts * LANES);
+    winograd_weight_tile<T>(args, i / parts, i % parts * LANES);
   }
 }
 
 int64_t winograd_workspace(const WinogradConv& args) {
-  return args.threads * workspace_of<2>(args);
+  return args.threads * Layout<2>(args).size();
 }
 
 void winograd_conv(const WinogradConv& args) {
   visit(args.dtype, [&](auto type) { winograd_conv_kernel<2, decltype(type)>(args); });
 }
 
-int64_t winograd_weight_size(int64_t c, int64_t k) { return AREA<2> * padded(c) * padded(k); }
+int64_t winograd_weight_size(int64_t c, int64_t k) { return 9 * padded(c) * padded(k); }
 
 void winograd_weight(const WinogradWeight& args) {
-  visit(args.dtype, [&](auto type) { winograd_weight_kernel<2, decltype(type)>(args); });
+  visit(args.dtype, [&](auto type) { winograd_weight_kernel<decltype(type)>(args); });
 }
 
 }  // namespace

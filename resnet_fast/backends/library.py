@@ -1,4 +1,6 @@
-"""The library's convolutions and their gradients, as the backends put them between their own kernels. No backend.
+"""Convolutions and their gradients, as the backends put them between their own kernels. No backend.
+
+The library's; on a CPU those 3x3 of stride 1 that winograd.py runs faster are ours.
 
 Operands are written out (nothing is lazy here), channels-last, of one dtype. A 1x1 convolution is a matrix product of
 the (NPQ, C) matrix that channels-last memory is: on a CPU its gradients run as one, which beats the library's own
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast import buffers
+from resnet_fast.backends import winograd
 
 CHANNELS_LAST = torch.channels_last
 
@@ -57,6 +60,9 @@ def conv(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: 
     if x.device.type == "cpu" and _is_pointwise(list(w.shape), padding, groups) and stride == [1, 1]:
         n, _, h, wide = x.shape
         return _product(_rows(x), w.reshape(w.shape[:2]).t(), [n, w.shape[0], h, wide])
+    geometry = (stride, padding, dilation, groups)
+    if winograd.why_not(x.device, list(w.shape), list(x.shape), *geometry, x.dtype) is None:
+        return winograd.conv(x.contiguous(memory_format=CHANNELS_LAST), winograd.weight(w, x.dtype), w.shape[0])
     y = torch.nn.functional.conv2d(x, w, None, stride, padding, dilation, groups)
     return y.contiguous(memory_format=CHANNELS_LAST)
 
@@ -87,6 +93,10 @@ def conv_dgrad(
         pixels = _strided(residual, stride)
         pixels += (_rows(dy) @ matrix).view(pixels.shape)
         return residual
+    geometry = (stride, padding, dilation, groups)
+    if winograd.why_not(dy.device, list(w.shape), input_size, *geometry, dy.dtype) is None:
+        u = winograd.weight(w, dy.dtype, flip=True)
+        return winograd.conv(dy, u, w.shape[1], residual=residual, z=residual)
     # The library looks at the input's size and layout alone; it must be channels-last for dx to be.
     x = torch.empty(input_size, dtype=dy.dtype, device=dy.device, memory_format=CHANNELS_LAST)
     dx = torch.ops.aten.convolution_backward(
