@@ -1,0 +1,299 @@
+"""3x3 convolutions after Winograd, on the CPU: against float64 under the one tolerance, and where they are used."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fast import dispatch, models
+from resnet_fast.backends import library, onednn, winograd
+from resnet_fast.dispatch import reasons, use_backend
+from resnet_fast.fuse import fuse
+from tests.tolerance import DTYPES, assert_close, assert_same_bits, name_of
+
+_why_no_native = reasons("bn_stats", torch.device("cpu"), torch.float32)["native"]
+pytestmark = pytest.mark.skipif(_why_no_native is not None, reason=f"native: {_why_no_native}")
+
+CL = torch.channels_last
+
+
+class Shape(NamedTuple):
+    n: int
+    c: int
+    k: int
+    h: int
+    w: int
+
+
+#: ResNet-50's layers; tails of channels, of tiles and of row blocks; images smaller than a tile.
+SHAPES = (
+    Shape(1, 64, 64, 56, 56),
+    Shape(1, 128, 128, 28, 28),
+    Shape(2, 256, 256, 14, 14),
+    Shape(2, 512, 512, 7, 7),
+    *(Shape(2, 32, 33, h, w) for h in (1, 2, 3) for w in (1, 2, 5)),
+    Shape(1, 1, 1, 4, 4),
+    Shape(3, 3, 5, 5, 3),
+    Shape(1, 40, 7, 6, 9),
+    Shape(2, 31, 65, 9, 30),
+    Shape(1, 130, 16, 13, 4),
+    Shape(1, 300, 70, 3, 3),
+    Shape(37, 16, 16, 2, 2),
+)
+
+
+class Operands(NamedTuple):
+    x: Tensor
+    w: Tensor
+    shift: Tensor
+    residual: Tensor
+
+
+def operands(shape: Shape, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> Operands:
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    n, c, k, h, w = shape
+    return Operands(
+        (random(n, c, h, w) + mean).to(dtype).contiguous(memory_format=CL),
+        random(k, c, 3, 3) * (2 / (9 * c)) ** 0.5,
+        random(k),
+        random(n, k, h, w).to(dtype).contiguous(memory_format=CL),
+    )
+
+
+def torchs(o: Operands, relu: bool = True, residual: bool = True) -> Tensor:
+    """In the dtype of the operands' arithmetic, stored in that of x."""
+    wide = o.w.dtype
+    z = F.conv2d(o.x.to(wide), o.w, o.shift, padding=1)
+    z = z + o.residual.to(wide) if residual else z
+    return (F.relu(z) if relu else z).to(o.x.dtype)
+
+
+def ours(o: Operands) -> Tensor:
+    return winograd.conv(o.x, winograd.weight(o.w, o.x.dtype), o.w.shape[0], o.shift, o.residual, True)
+
+
+def in_float64(o: Operands) -> Operands:
+    return Operands(*(t.double() for t in o))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(shape: Shape, dtype: torch.dtype) -> None:
+    o = operands(shape, dtype)
+    z = ours(o)
+    assert z.is_contiguous(memory_format=CL)
+    assert_close(z, torchs(in_float64(o)), torchs(o))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("kind", ["large mean", "uneven channels", "one large pixel"])
+def test_hard_values(kind: str, shape: Shape) -> None:
+    """What the transforms might cancel: each value of Bt d B is a difference, but for one of sixteen."""
+    o = operands(shape, mean=1000.0 if kind == "large mean" else 0.0)
+    if kind == "uneven channels":
+        o.x.mul_(torch.logspace(-3, 3, shape.c).view(1, -1, 1, 1))
+    if kind == "one large pixel":
+        o.x[:, :, 1, 2] *= 1e4
+    assert_close(ours(o), torchs(in_float64(o)), torchs(o))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dgrad_matches_float64(shape: Shape, dtype: torch.dtype) -> None:
+    o = operands(shape, dtype)
+    size, dy = o.x.shape, o.residual
+    dx = winograd.conv(dy, winograd.weight(o.w, dtype, flip=True), shape.c)
+    ref64 = torch.nn.grad.conv2d_input(size, o.w.double(), dy.double(), padding=1)
+    assert_close(dx, ref64, torch.nn.grad.conv2d_input(size, o.w, dy.float(), padding=1).to(dtype))
+
+
+@pytest.mark.parametrize("relu, residual", [(False, False), (True, False), (False, True)])
+def test_epilogues(relu: bool, residual: bool) -> None:
+    o = operands(Shape(2, 31, 65, 9, 30))
+    u = winograd.weight(o.w, torch.float32)
+    z = winograd.conv(o.x, u, 65, o.shift, o.residual if residual else None, relu)
+    assert_close(z, torchs(in_float64(o), relu, residual), torchs(o, relu, residual))
+    bare = winograd.conv(o.x, u, 65)
+    assert_same_bits(bare, winograd.conv(o.x, u, 65, torch.zeros(65)))
+    if residual:
+        over = o.residual.clone(memory_format=CL)
+        assert winograd.conv(o.x, u, 65, o.shift, over, relu, over) is over
+        assert_same_bits(over, z)
+
+
+def test_filters_in_any_layout() -> None:
+    o = operands(Shape(1, 40, 33, 4, 4))
+    packed = winograd.weight(o.w, torch.float32)
+    for w in (o.w.contiguous(memory_format=CL), torch.cat([o.w, o.w], 1)[:, :40], o.w.flip(2).flip(2), o.w.mT.mT):
+        assert_same_bits(winograd.weight(w, torch.float32), packed)
+    transposed = o.w.transpose(2, 3)  # no one stride from tap to tap
+    assert_same_bits(winograd.weight(transposed, torch.float32), winograd.weight(transposed.clone(), torch.float32))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[:4], Shape(2, 31, 65, 9, 30)], ids=str)
+def test_same_bits_by_any_threads(shape: Shape) -> None:
+    o = operands(shape)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = ours(o)
+        for count in (2, 3, 16):
+            torch.set_num_threads(count)
+            assert_same_bits(ours(o), alone)
+            assert_same_bits(ours(o), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_nan_survives_the_relu() -> None:
+    """It reaches all that torch's reaches, and no more than its tiles' outputs."""
+    o = operands(Shape(1, 32, 32, 8, 8))
+    o.x[0, 3, 5, 2] = torch.nan
+    wrong, torchs_wrong = ours(o).isnan(), torchs(o).isnan()
+    assert (wrong >= torchs_wrong).all()
+    tiles = F.max_pool2d(torchs_wrong.float(), 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert (wrong.float() <= tiles).all() and not wrong.all()
+
+
+def test_empty_batch() -> None:
+    assert winograd.conv(torch.empty(0, 32, 4, 4), torch.empty(1, 1, 1, 1, 9 * 32 * 32), 32).shape == (0, 32, 4, 4)
+
+
+# ---- where it is used
+
+PLAIN: dict[str, object] = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": [2, 2]},
+        {"padding": [0, 0]},
+        {"dilation": [2, 2]},
+        {"groups": 2},
+        {"w_size": [64, 64, 1, 1]},
+        {"w_size": [64, 16, 3, 3]},
+        {"w_size": [512, 512, 3, 3]},
+        {"dtype": torch.float64},
+        {"device": torch.device("meta")},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_why_not(change: dict[str, object]) -> None:
+    plain = {"device": torch.device("cpu"), "w_size": [64, 64, 3, 3], "input_size": [1, 64, 8, 8], **PLAIN}
+    plain["dtype"] = torch.float32
+    assert winograd.why_not(**plain) is None
+    assert winograd.why_not(**{**plain, **change})
+
+
+def _calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of every x that Winograd's convolution sees from now on."""
+    seen, conv = [], winograd.conv
+
+    def spy(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        seen.append(tuple(x.shape))
+        return conv(x, *args, **kwargs)
+
+    monkeypatch.setattr(winograd, "conv", spy)
+    return seen
+
+
+def test_a_prepared_weight_is_checked() -> None:
+    o = operands(Shape(1, 64, 64, 6, 6))
+    geometry = tuple(PLAIN.values())
+    with use_backend("onednn"):
+        if reasons("conv_affine_act", o.x.device, o.x.dtype)["onednn"]:
+            pytest.skip("no oneDNN")
+        u = dispatch.prepare("conv_affine_act", o.w, o.x, *geometry)
+    assert winograd.is_weight(u)
+    assert_close(onednn.conv_affine_act(o.x, u, o.shift, *geometry), torchs(in_float64(o), residual=False), torchs(o))
+    for x, shift, options, name in (
+        (o.x[:, :32], o.shift, {}, "w: found"),
+        (o.x, o.shift[:32], {}, "w: found"),
+        (o.x.double(), o.shift, {}, "w: found"),
+        (o.x, o.shift, {"scale": o.shift}, "scale: found"),
+        (o.x, o.shift, {"residual": o.residual[:, :, 1:]}, "residual: found"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            onednn.conv_affine_act(x, u, shift, *geometry, **options)
+
+
+def test_training_runs_it_and_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    o = operands(Shape(2, 64, 32, 7, 6))
+    seen = _calls(monkeypatch)
+    geometry = tuple(PLAIN.values())
+    y = library.conv(o.x, o.w, *geometry)
+    ref64 = F.conv2d(o.x.double(), o.w.double(), padding=1)
+    assert_close(y, ref64, F.conv2d(o.x, o.w, padding=1))
+    dx = library.conv_dgrad(o.residual, o.w, list(o.x.shape), *geometry, o.x)
+    ref64 = torch.nn.grad.conv2d_input(o.x.shape, o.w.double(), o.residual.double(), padding=1) + o.x
+    torchs_dx = torch.nn.grad.conv2d_input(o.x.shape, o.w, o.residual, padding=1) + o.x
+    assert_close(dx, ref64, torchs_dx)
+    assert_same_bits(library.conv_dgrad(o.residual, o.w, list(o.x.shape), *geometry, o.x.clone(), True), dx)
+    assert seen == [(2, 64, 7, 6), (2, 32, 7, 6), (2, 32, 7, 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_fused_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference and one step of training at 64 px against float64, beside eager torch."""
+    torch.manual_seed(0)
+    model = getattr(models, name)().to(memory_format=CL)
+    exact = getattr(models, name)().double()
+    exact.load_state_dict(model.state_dict())
+    fused = fuse(getattr(models, name)().to(memory_format=CL))
+    fused.load_state_dict(model.state_dict())
+    x, target = torch.randn(2, 3, 64, 64), torch.randn(2, 1000)
+    seen = _calls(monkeypatch)
+    with torch.no_grad():
+        runs = [m.eval()(t) for m, t in ((fused, x), (exact, x.double()), (model, x))]
+    assert_close(*runs)
+    inference = len(seen)
+    assert inference > 0
+    for m in (fused, exact, model):
+        m.train()
+        out = m(x.to(next(m.parameters()).dtype))
+        (out * target.to(out.dtype)).sum().backward()
+    assert len(seen) >= 3 * inference - 1  # fprop again, and dgrad
+    for (key, p), q, r in zip(fused.named_parameters(), exact.parameters(), model.parameters(), strict=True):
+        # Rounding grows from layer to layer of batch norms over two images: against what it grew to in torch's run.
+        error, torchs_error = ((t.grad - q.grad).norm() / q.grad.norm() for t in (p, r))
+        assert error <= 3 * torchs_error + 1e-4, f"{key}: {error} beside torch's {torchs_error}"
+
+
+@pytest.mark.skipif("RESNET_FAST_ISA" in os.environ, reason="this run is one of the instruction sets")
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_instruction_set(isa: str) -> None:
+    """This file again, in a process whose kernels are those of one instruction set."""
+    from resnet_fast import _C
+
+    if isa not in _C.build_info()["isas"]:
+        pytest.skip(f"not built: {isa}")
+    if isa == _C.cpu.isa():
+        pytest.skip(f"{isa} is what every test here runs on")
+    env = {**os.environ, "RESNET_FAST_ISA": isa}
+    probe = "import torch\nfrom resnet_fast import _C\nprint(_C.cpu.isa())"
+    found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, timeout=60)
+    if "this CPU does not have it" in found.stderr:
+        pytest.skip(f"this CPU does not have {isa}")
+    assert found.stdout.strip() == isa, found.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "float64 or hard or epilogues or layout or threads or nan or empty"]
+    result = subprocess.run(
+        command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-600:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100 and "skipped" not in result.stdout
