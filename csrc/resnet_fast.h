@@ -185,8 +185,9 @@ struct MaxpoolBackwardApply {
   Stream stream;
 };
 
-/// u = the filters w, 3 x 3, as winograd_conv reads them: winograd_weight_size(c, k) floats. Tap (r,
-/// s) of input channel c and output channel k lies at w + k * k_stride + c * c_stride + (3 * r + s)
+/// u = the filters w, 3 x 3, as winograd_conv reads them: winograd_weight_size(c, k) floats. Tap
+/// (r, s) of input channel c and output channel k lies at w + k * k_stride + c * c_stride + (3 * r
+/// + s)
 /// * tap_stride, or with `flip` at tap (2 - r, 2 - s). dtype is that of winograd_conv's operands.
 struct WinogradWeight {
   const float* w;
@@ -269,6 +270,9 @@ struct Span {
 /// A 64-bit hash of one 8-byte word in every `stride` bytes of each buffer (0: of every byte), of
 /// its last bytes, and of its length.
 uint64_t fingerprint(const std::vector<Span>& spans, int64_t stride);
+
+/// max|x| of `count` values; NaN where one of them is NaN.
+float max_abs(const void* x, int64_t count, DType dtype);
 
 /// The library that serves OpenMP in this process, and the threads it would use.
 struct OpenMP {

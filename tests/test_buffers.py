@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -127,3 +128,16 @@ def test_a_network_on_kept_memory_alone(dtype: torch.dtype) -> None:
     torch.testing.assert_close(first, second, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(held, again, rtol=tolerance, atol=tolerance)
     assert buffers._kept
+
+
+def test_scratch_is_each_threads_own() -> None:
+    mine = buffers.scratch(100)
+    assert mine.dtype == torch.float32 and buffers.scratch(50).data_ptr() == mine.data_ptr()
+    assert buffers.scratch(200).numel() >= 200
+    others = []
+    thread = threading.Thread(target=lambda: others.append(buffers.scratch(100)))
+    thread.start()
+    thread.join()
+    assert others[0].data_ptr() != buffers.scratch(100).data_ptr()
+    buffers.release()
+    assert buffers.scratch(10).numel() == 10

@@ -198,3 +198,19 @@ def test_a_forced_backend_leaves_no_trace(order: tuple[str | None, ...], dtype: 
         has_fast_path = hasattr(backend(chosen.backend), "conv_affine_act_plain")
         assert all((layer._plain is not None) == has_fast_path for layer in layers)
         assert all(layer._function is chosen.function for layer in layers)
+
+
+@needs_folding
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("size", [(1, 3, 1, 1), (2, 5, 3, 7), (2, 64, 40, 40)], ids=str)
+def test_magnitude(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """max|x| wherever it stands, of either sign, in every layout; huge for NaN and infinity."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    for x in (dense, dense.contiguous(), dense[:, 1:]):
+        assert magnitude(x) == x.abs().amax().item()
+    for place in (0, -1):
+        for value in (-7.5, 7.5, torch.nan, -torch.nan, torch.inf, -torch.inf):
+            x = dense.clone(memory_format=torch.channels_last)
+            x.permute(0, 2, 3, 1).reshape(-1)[place] = value
+            assert magnitude(x) == (7.5 if abs(value) == 7.5 else 1e300)

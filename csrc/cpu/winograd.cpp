@@ -115,7 +115,7 @@ Cut cut(int64_t tiles, int64_t c, int64_t k, int64_t threads, int area) {
 }
 
 template <int M>
-constexpr int AREA = Axis<M>::A* Axis<M>::A;
+constexpr int AREA = Axis<M>::A * Axis<M>::A;
 
 /// A thread's workspace, in floats: the transformed input of some row blocks, their products, and
 /// transformed filters. A line lies between the parts, lest they fall into the same cache sets.
@@ -192,8 +192,7 @@ RESNET_FAST_INLINE void prefetch_pack(const T* p) {
 /// v = Bt d B at half a pack of channels of `count` tiles: (A^2, count, PACK).
 template <int M, int HALF, class T, class Lanes>
 RESNET_FAST_INLINE void transform_half(const T* x, int64_t row_stride, int64_t column_stride,
-                                       const Patch* patches, int64_t count, float* v,
-                                       Lanes lanes) {
+                                       const Patch* patches, int64_t count, float* v, Lanes lanes) {
   constexpr int A = Axis<M>::A;
   constexpr uint32_t WHOLE = (1u << A) - 1;
   Vec columns[A][A] = {};  // of the patch, each transformed: some serve the next tile, too
@@ -214,8 +213,8 @@ RESNET_FAST_INLINE void transform_half(const T* x, int64_t row_stride, int64_t c
 #pragma GCC unroll 6
         for (int i = 0; i < A; ++i) {
           const bool in = whole() || (patch.rows >> i & patch.columns >> j & 1);
-          columns[j][i] = in ? load_half<HALF>(at + i * row_stride + j * column_stride, lanes)
-                             : Vec{};
+          columns[j][i] =
+              in ? load_half<HALF>(at + i * row_stride + j * column_stride, lanes) : Vec{};
         }
         Axis<M>::input(columns[j]);
       }
@@ -373,6 +372,15 @@ void transform_output(const WinogradConv& args, const Grid<M>& grid, int64_t fir
   }
 }
 
+// z = act(At [ (G g Gt) * (Bt d B) ] A + shift + residual), d the patches of x
+// Shapes    x (N, H, W, C), residual, z (N, H, W, K) channels-last; u (panels, padded(C), 9, PACK)
+//           fp32, a panel PACK output channels; shift (K,) fp32
+// Tiles     some row blocks of at most ROWS tiles, times a group of panels; in it panels in turn,
+//           CHUNK input channels of filters, row blocks, A^2 parts; see cut()
+// Traffic   reads x (A / M)^2 times, mostly from caches, u once per block of row blocks, writes z
+// Numerics  fp32 from load to store; sums over C in order, one rounding, at the store
+// Source    docs/conv.md entries 15 to 21; Lavin and Gray, Fast Algorithms for Convolutional Neural
+//           Networks, 2015
 template <int M, class T>
 void winograd_conv_kernel(const WinogradConv& args) {
   const Grid<M> grid(args);
