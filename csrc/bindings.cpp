@@ -231,11 +231,6 @@ void bind_cpu(py::module_ module) {
       },
       arg("addresses"), arg("nbytes"), arg("stride"));
 
-  define(
-      module, "max_abs",
-      [](Address x, int64_t count, DType dtype) { return cpu::max_abs(x, count, dtype); }, arg("x"),
-      arg("count"), arg("dtype"));
-
   module.def(
       "openmp_info",
       [] {

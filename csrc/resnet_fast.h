@@ -271,9 +271,6 @@ struct Span {
 /// its last bytes, and of its length.
 uint64_t fingerprint(const std::vector<Span>& spans, int64_t stride);
 
-/// max|x| of `count` values; NaN where one of them is NaN.
-float max_abs(const void* x, int64_t count, DType dtype);
-
 /// The library that serves OpenMP in this process, and the threads it would use.
 struct OpenMP {
   int max_threads;

@@ -212,20 +212,14 @@ class FoldCache:
 #: The leading fields of ConvBn, up to and with ``bias``, are tensors; the rest are numbers.
 _TENSOR_FIELDS = 7
 
-#: Dtypes that the native backend measures.
-_MEASURED = (torch.float32, torch.bfloat16, torch.float16)
-
 #: In place of NaN and infinity: no bound survives it, and a product with 0 does not turn it into NaN.
 _ENDLESS = 1e300
 
 
 def magnitude(x: Tensor) -> float:
     """max|x| of a channels-last tensor, huge where x holds a NaN or an infinity; one pass."""
-    if _can_watch(x.device) and x.dtype in _MEASURED and x.is_contiguous(memory_format=torch.channels_last):
-        largest = backend("native").max_abs(x)
-    else:
-        low, high = torch.aminmax(x.detach().permute(0, 2, 3, 1).reshape(-1))
-        largest = max(-low.item(), high.item())
+    low, high = torch.aminmax(x.detach().permute(0, 2, 3, 1).reshape(-1))
+    largest = max(-low.item(), high.item())
     return largest if math.isfinite(largest) else _ENDLESS
 
 

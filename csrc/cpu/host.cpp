@@ -1,5 +1,4 @@
-// What only the host can tell: whether buffers have changed, how large their values are, and which
-// OpenMP serves the process.
+// What only the host can tell: whether buffers have changed, and which OpenMP serves the process.
 #include <dlfcn.h>
 #include <omp.h>
 
@@ -46,40 +45,7 @@ void add_words(Hash& hash, const char* p, int64_t words, int64_t step) {
   for (; i < words; i += step) hash.add(0, word_at(p + 8 * i));
 }
 
-/// Values that two threads share: waking the second costs as much as reading these.
-constexpr int64_t SERIAL = 65536;
-
-/// The largest of `count` values as they lie in memory, without their sign: as integers they are in
-/// order, NaN above infinity.
-template <class Bits>
-Bits largest_bits(const void* x, int64_t count, Bits magnitude) {
-  const char* values = static_cast<const char*>(x);
-  Bits largest = 0;
-#pragma omp parallel for simd schedule(static) reduction(max : largest) if (count > SERIAL)
-  for (int64_t i = 0; i < count; ++i) {
-    Bits bits;
-    std::memcpy(&bits, values + i * static_cast<int64_t>(sizeof bits), sizeof bits);
-    bits = static_cast<Bits>(bits & magnitude);
-    largest = largest > bits ? largest : bits;
-  }
-  return largest;
-}
-
 }  // namespace
-
-float max_abs(const void* x, int64_t count, DType dtype) {
-  float largest = 0;
-  visit(dtype, [&](auto type) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) == 4) {
-      const int32_t bits = largest_bits<int32_t>(x, count, 0x7fffffff);
-      std::memcpy(&largest, &bits, sizeof bits);
-    } else {
-      largest = to_float(T{static_cast<uint16_t>(largest_bits<int16_t>(x, count, 0x7fff))});
-    }
-  });
-  return largest;
-}
 
 uint64_t fingerprint(const std::vector<Span>& spans, int64_t stride) {
   const int64_t step = stride < 16 ? 1 : stride / 8;

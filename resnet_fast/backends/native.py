@@ -188,11 +188,6 @@ def fingerprint(tensors: Sequence[Tensor]) -> int:
     return fingerprinter(tensors)()
 
 
-def max_abs(x: Tensor) -> float:
-    """max|x| of a dense CPU tensor; NaN where it holds one, 0 where it is empty."""
-    return _C.cpu.max_abs(x=x, count=x.numel(), dtype=_DTYPES[x.dtype])
-
-
 # ---- row bn_act -------------------------------------------------------------------------------------------------
 
 

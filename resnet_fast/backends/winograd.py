@@ -104,7 +104,7 @@ def conv(
     relu: bool = False,
     z: Tensor | None = None,
 ) -> Tensor:
-    """act(conv(x, w) + shift + residual) (N, ``k``, H, W), channels-last, into ``z`` if given, which may be ``residual``.
+    """act(conv(x, w) + shift + residual) (N, ``k``, H, W), channels-last, into ``z`` if given: it may be ``residual``.
 
     Nothing is checked. x, residual, z channels-last, in the dtype that ``u`` was made for; shift float32.
     """
