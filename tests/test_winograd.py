@@ -18,7 +18,7 @@ from resnet_fast import dispatch, models
 from resnet_fast.backends import library, onednn, winograd
 from resnet_fast.dispatch import reasons, use_backend
 from resnet_fast.fuse import fuse
-from tests.tolerance import DTYPES, assert_close, assert_same_bits, name_of
+from tests.tolerance import DTYPES, assert_close, assert_same_bits, eager, name_of, reference, run
 
 _why_no_native = reasons("bn_stats", torch.device("cpu"), torch.float32)["native"]
 pytestmark = pytest.mark.skipif(_why_no_native is not None, reason=f"native: {_why_no_native}")
@@ -244,6 +244,21 @@ def test_training_runs_it_and_gradients_are_torchs(monkeypatch: pytest.MonkeyPat
     assert_close(dx, ref64, torchs_dx)
     assert_same_bits(library.conv_dgrad(o.residual, o.w, list(o.x.shape), *geometry, o.x.clone(), True), dx)
     assert seen == [(2, 64, 7, 6), (2, 32, 7, 6), (2, 32, 7, 6)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_training_reads_any_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float32 is the faster arithmetic, x is not written out in it first."""
+    o = operands(Shape(2, 64, 32, 7, 6), dtype)
+    kwargs = {"x": o.x, "w": o.w.to(dtype), **PLAIN}
+    seen = _calls(monkeypatch)
+    y = run("conv_stats", kwargs, "native")[0]
+    if library.arithmetic(o.x.device, dtype) != torch.float32:
+        assert not seen
+    else:
+        assert seen == [(2, 64, 7, 6)]
+    assert y.dtype == dtype
+    assert_close(y, reference("conv_stats", kwargs)[0], eager("conv_stats", kwargs)[0])
 
 
 @pytest.mark.slow

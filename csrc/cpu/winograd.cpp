@@ -433,8 +433,13 @@ void winograd_conv_kernel(const WinogradConv& args) {
   }
 }
 
-/// u (panels, padded(c), 9, PACK) of a panel of output channels and a vector's worth of input
-/// channels, in the order in which packs of T are widened.
+// u[panel, c, tap, k] = w[k, c, tap], halved in the middle row and in the middle column
+// Shapes    w (K, C, 3, 3) fp32 in any layout; u (panels, padded(C), 9, PACK) fp32, the channels in
+//           the order in which packs of T are widened, 0 behind the last
+// Tiles     a panel of PACK output channels and a vector's worth of input channels
+// Traffic   reads w, writes u: 2 * 9 * KC * 4
+// Numerics  exact: the factors are powers of two
+// Source    docs/conv.md entry 16
 template <class T>
 void winograd_weight_tile(const WinogradWeight& args, int64_t panel, int64_t first) {
   const int64_t start = first / PACK * PACK;

@@ -55,13 +55,18 @@ def _product(a: Tensor, b: Tensor, size: list[int]) -> Tensor:
     return out
 
 
+def widens(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> bool:
+    """Whether ``conv`` of x and w is ours, which reads and writes any dtype while it computes in float32."""
+    wide = arithmetic(x.device, x.dtype)
+    return winograd.why_not(x.device, list(w.shape), list(x.shape), stride, padding, dilation, groups, wide) is None
+
+
 def conv(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
     """y (N, K, P, Q), channels-last."""
     if x.device.type == "cpu" and _is_pointwise(list(w.shape), padding, groups) and stride == [1, 1]:
         n, _, h, wide = x.shape
         return _product(_rows(x), w.reshape(w.shape[:2]).t(), [n, w.shape[0], h, wide])
-    geometry = (stride, padding, dilation, groups)
-    if winograd.why_not(x.device, list(w.shape), list(x.shape), *geometry, x.dtype) is None:
+    if widens(x, w, stride, padding, dilation, groups):
         return winograd.conv(x.contiguous(memory_format=CHANNELS_LAST), winograd.weight(w, x.dtype), w.shape[0])
     y = torch.nn.functional.conv2d(x, w, None, stride, padding, dilation, groups)
     return y.contiguous(memory_format=CHANNELS_LAST)

@@ -536,6 +536,8 @@ def conv_stats(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = library.arithmetic(x.device, x.dtype)
+    if library.widens(x, w, stride, padding, dilation, groups):
+        wide = x.dtype
     y = library.conv(_activation(x, scale, shift, wide), w.to(wide), stride, padding, dilation, groups).to(x.dtype)
     return (y, *bn_stats(y, gamma, beta, eps))
 
