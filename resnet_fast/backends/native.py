@@ -680,17 +680,17 @@ def conv_affine_act(
 # ---- row bottleneck: a whole block in one kernel, for GPUs -------------------------------------------------------
 
 
-def _shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block of threads may have."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return getattr(_C.cpu, "shared_limit")()  # noqa: B009  (tests/cuda_on_cpu: the CUDA kernels on CPU tensors)
+@functools.cache
+def _shared_limit_of_gpu(device: torch.device) -> int:
+    with torch.cuda.device(device):
+        return _C.cuda.shared_limit()
 
 
 def bottleneck_why_not(
     device: torch.device, dtype: torch.dtype, x_size: Sequence[int], w_sizes: Sequence[Sequence[int] | None]
 ) -> str | None:
     """None where one kernel can run the whole block, else the reason. ``w_sizes``: of w1, w2, w3, and rw or None."""
+    # On a CPU tests/cuda_on_cpu runs them.
     module: Any = _C.cpu if device.type == "cpu" else getattr(_C, "cuda", None)
     if not hasattr(module, "bottleneck"):
         return f"no whole-block kernel for {device.type} (supported: cuda)"
@@ -711,8 +711,9 @@ def bottleneck_why_not(
         return f"width {width} (supported: 64, 128)"
     if c % 64 or k % 64:
         return f"{c} to {k} channels (supported: multiples of 64)"
-    if shared > _shared_limit(device):
-        return f"needs {shared} bytes of shared memory, {device} has {_shared_limit(device)}"
+    limit = _shared_limit_of_gpu(device) if device.type == "cuda" else module.shared_limit()
+    if shared > limit:
+        return f"width {width} needs {shared} bytes of shared memory, {device} has {limit}"
     if max(n * -(-h // 8) * -(-w // 16), c * k, k * width) >= 2**31:
         return f"x {tuple(x_size)} (supported: below 2^31 tiles of 8 x 16 pixels)"
     return None
