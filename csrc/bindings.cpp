@@ -231,7 +231,8 @@ void bind_cuda(py::module_ module) {
       arg("w3"), arg("scale3"), arg("shift3"), arg("rw") = 0, arg("rscale") = 0, arg("rshift") = 0,
       arg("z"), arg("n"), arg("h"), arg("w"), arg("c"), arg("width"), arg("k"), arg("dtype"),
       arg("stream") = 0);
-  define(module, "bottleneck_shared", cuda::bottleneck_shared, arg("width"), arg("projection"));
+  define(module, "bottleneck_shared", cuda::bottleneck_shared, arg("c"), arg("width"), arg("k"),
+         arg("projection"), arg("resident"));
   module.def("shared_limit", cuda::shared_limit,
              "Bytes of shared memory that a block may have on the current device.");
   module.def("driver_ok", cuda::driver_ok, "Empty, or why the driver cannot serve this build.");

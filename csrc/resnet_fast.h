@@ -283,8 +283,9 @@ void maxpool_backward_apply(const MaxpoolBackwardApply& args);
 
 void bottleneck(const Bottleneck& args);
 
-/// Bytes of shared memory that bottleneck() needs at least for this width, or -1 where it has none.
-int64_t bottleneck_shared(int64_t width, bool projection);
+/// Bytes of shared memory that bottleneck() needs for these sizes, or -1 where it has no kernel:
+/// with all weights in it (`resident`, done where the device has so much), or streamed through it.
+int64_t bottleneck_shared(int64_t c, int64_t width, int64_t k, bool projection, bool resident);
 
 /// Bytes of shared memory that a block of threads may have on the current device.
 int64_t shared_limit();

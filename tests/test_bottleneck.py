@@ -220,12 +220,20 @@ def test_shared_memory_decides() -> None:
         assert found == "width 64 needs 165888 bytes of shared memory, cpu has 101376"
         kwargs = inputs(OP, Case("small", 1, 64, 2, 2, 64, 1, 1, 0), torch.float16, variant="projection")
         check(OP, kwargs, "cuda_on_cpu")
-    kernels = native._C.cuda
-    assert all(
-        0 < kernels.bottleneck_shared(width=width, projection=projection) <= SHARED["sm_80"]
-        for width in (64, 128)
-        for projection in (False, True)
-    )
+
+
+@needs_machine
+def test_weights_of_stage_1_are_resident_on_sm_90() -> None:
+    """Stage 1's blocks as in docs/bottleneck.md, and the others streamed."""
+    shared = cuda_on_cpu.native()._C.cuda.bottleneck_shared
+    resident = [shared(c=c, width=64, k=256, projection=c == 64, resident=True) for c in (256, 64)]
+    assert resident == [231424, 216576]
+    assert all(SHARED["sm_80"] < size <= SHARED["sm_90"] for size in resident)
+    for width, projection in ((64, False), (64, True), (128, False), (128, True)):
+        c = 64 if projection else 4 * width
+        assert shared(c=c, width=width, k=4 * width, projection=projection, resident=False) == 165888
+    assert SHARED["sm_80"] >= 165888
+    assert shared(c=512, width=128, k=512, projection=False, resident=True) == -1
 
 
 def test_no_kernel_on_a_cpu() -> None:

@@ -617,17 +617,18 @@ void launch_width(const Bottleneck& args, int64_t limit) {
 
 int64_t shared_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-int64_t bottleneck_shared(int64_t width, bool projection) {
-  switch (width) {
-    case 64:
-      return projection ? Variant<__half, 64, true, false>::shared_bytes(0, 0)
-                        : Variant<__half, 64, false, false>::shared_bytes(0, 0);
-    case 128:
-      return projection ? Variant<__half, 128, true, false>::shared_bytes(0, 0)
-                        : Variant<__half, 128, false, false>::shared_bytes(0, 0);
-    default:
-      return -1;
+int64_t bottleneck_shared(int64_t c, int64_t width, int64_t k, bool projection, bool resident) {
+  if (width == 128 && !resident) {
+    return projection ? Variant<__half, 128, true, false>::shared_bytes(c, k)
+                      : Variant<__half, 128, false, false>::shared_bytes(c, k);
   }
+  if (width != 64) return -1;
+  if (resident) {
+    return projection ? Variant<__half, 64, true, true>::shared_bytes(c, k)
+                      : Variant<__half, 64, false, true>::shared_bytes(c, k);
+  }
+  return projection ? Variant<__half, 64, true, false>::shared_bytes(c, k)
+                    : Variant<__half, 64, false, false>::shared_bytes(c, k);
 }
 
 void bottleneck(const Bottleneck& args) {

@@ -706,7 +706,7 @@ def bottleneck_why_not(
         return f"an identity shortcut from {c} to {k} channels"
     if rw is not None and ([*rw] != [k, c, 1, 1] or c != 64):
         return f"a projection {tuple(rw)} on {c} channels (supported: 1x1 on 64)"
-    shared = module.bottleneck_shared(width=width, projection=rw is not None)
+    shared = module.bottleneck_shared(c=c, width=width, k=k, projection=rw is not None, resident=False)
     if shared < 0:
         return f"width {width} (supported: 64, 128)"
     if c % 64 or k % 64:
