@@ -55,7 +55,7 @@ WHOLE = [
     for case in cases
 ]
 #: Backends that have the kernel: here by emulation, and on a GPU.
-KERNELS = [p for p in backends(OP, LOW) if p.values[0] == "cuda_on_cpu" or p.values[1] == "cuda"]
+KERNELS = [p for p in backends(OP, LOW) if p.values[:2] in (("cuda_on_cpu", "cpu"), ("native", "cuda"))]
 
 
 def sizes_of(kwargs: dict[str, Any]) -> list[list[int] | None]:
