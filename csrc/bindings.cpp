@@ -251,6 +251,24 @@ void bind_cuda(py::module_ module) {
                        cuda::bn_backward_finalize, cuda::bn_backward_apply});
   bind_stem(module,
             {cuda::affine_act_maxpool, cuda::maxpool_backward_sums, cuda::maxpool_backward_apply});
+  define(
+      module, "bottleneck",
+      [](Address x, Address w1, Address scale1, Address shift1, Address w2, Address scale2,
+         Address shift2, Address w3, Address scale3, Address shift3, Address rw, Address rscale,
+         Address rshift, Address z, int64_t n, int64_t h, int64_t w, int64_t c, int64_t width,
+         int64_t k, DType dtype, Address stream) {
+        cuda::bottleneck({x,      w1,     scale1, shift1, w2,     scale2, shift2, w3,
+                          scale3, shift3, rw,     rscale, rshift, z,      n,      h,
+                          w,      c,      width,  k,      dtype,  stream});
+      },
+      arg("x"), arg("w1"), arg("scale1"), arg("shift1"), arg("w2"), arg("scale2"), arg("shift2"),
+      arg("w3"), arg("scale3"), arg("shift3"), arg("rw") = 0, arg("rscale") = 0, arg("rshift") = 0,
+      arg("z"), arg("n"), arg("h"), arg("w"), arg("c"), arg("width"), arg("k"), arg("dtype"),
+      arg("stream") = 0);
+  define(module, "bottleneck_shared", cuda::bottleneck_shared, arg("c"), arg("width"), arg("k"),
+         arg("projection"), arg("resident"));
+  module.def("shared_limit", cuda::shared_limit,
+             "Bytes of shared memory that a block may have on the current device.");
   module.def("driver_ok", cuda::driver_ok, "Empty, or why the driver cannot serve this build.");
 }
 #endif

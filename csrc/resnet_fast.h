@@ -213,6 +213,32 @@ struct WinogradConv {
   bool relu;
 };
 
+/// A residual bottleneck in inference: a1 = relu(conv1x1(x, w1) * scale1 + shift1), a2 =
+/// relu(conv3x3(a1, w2) * scale2 + shift2) with padding 1, z = relu(conv1x1(a2, w3) * scale3 +
+/// shift3 + shortcut); the shortcut is x (c = k) or, with rw, conv1x1(x, rw) * rscale + rshift.
+/// Images x (n, h, w, c) and z (n, h, w, k), weights (out, r, s, in), all of `dtype`, bfloat16 or
+/// float16, on 16 bytes. c and k are multiples of 64, c is 64 with rw; bottleneck_shared() names
+/// the widths. z may not alias x.
+struct Bottleneck {
+  const void* x;
+  const void* w1;
+  const float* scale1;
+  const float* shift1;
+  const void* w2;
+  const float* scale2;
+  const float* shift2;
+  const void* w3;
+  const float* scale3;
+  const float* shift3;
+  const void* rw;
+  const float* rscale;
+  const float* rshift;
+  void* z;
+  int64_t n, h, w, c, width, k;
+  DType dtype;
+  Stream stream;
+};
+
 /// The ops on these, as one backend has them or, on the CPU, one instruction set.
 struct BnAct {
   int64_t (*bn_workspace)(int64_t npq, int64_t k);
@@ -293,6 +319,15 @@ void bn_backward_apply(const BnBackwardApply& args);
 void affine_act_maxpool(const AffineActMaxpool& args);
 void maxpool_backward_sums(const MaxpoolBackwardSums& args);
 void maxpool_backward_apply(const MaxpoolBackwardApply& args);
+
+void bottleneck(const Bottleneck& args);
+
+/// Bytes of shared memory that bottleneck() needs for these sizes, or -1 where it has no kernel:
+/// with all weights in it (`resident`, done where the device has so much), or streamed through it.
+int64_t bottleneck_shared(int64_t c, int64_t width, int64_t k, bool projection, bool resident);
+
+/// Bytes of shared memory that a block of threads may have on the current device.
+int64_t shared_limit();
 
 /// Empty if the driver can serve the CUDA runtime linked in here, else the reason why not.
 std::string driver_ok();

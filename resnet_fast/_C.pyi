@@ -253,6 +253,36 @@ class _Cpu(_Ops, Protocol):
 
 class _Cuda(_Ops, Protocol):
     @staticmethod
+    def bottleneck(
+        *,
+        x: Operand,
+        w1: Operand,
+        scale1: Operand,
+        shift1: Operand,
+        w2: Operand,
+        scale2: Operand,
+        shift2: Operand,
+        w3: Operand,
+        scale3: Operand,
+        shift3: Operand,
+        rw: Operand = 0,
+        rscale: Operand = 0,
+        rshift: Operand = 0,
+        z: Operand,
+        n: int,
+        h: int,
+        w: int,
+        c: int,
+        width: int,
+        k: int,
+        dtype: DType,
+        stream: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def bottleneck_shared(*, c: int, width: int, k: int, projection: bool, resident: bool) -> int: ...
+    @staticmethod
+    def shared_limit() -> int: ...
+    @staticmethod
     def driver_ok() -> str: ...
 
 cpu: _Cpu

@@ -7,6 +7,7 @@ what is fused and why the rest is not. See README.md.
 import torch  # noqa: F401  (before _C: one OpenMP runtime)
 
 from . import functional, models, ops
+from .capture import capture
 from .dispatch import BackendError, use_backend
 from .functional import LayoutWarning
 from .fuse import FuseError, explain, fuse, fused, register_block, unfuse
@@ -26,6 +27,7 @@ __all__ = [
     "LayoutWarning",
     "Opaque",
     "Stem",
+    "capture",
     "explain",
     "functional",
     "fuse",

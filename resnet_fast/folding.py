@@ -354,7 +354,7 @@ class Program:
         )
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """z in the dtype of ``x``; None where a value inside might overflow, or a shape does not fit."""
+        """z in the dtype of ``x`` or of autocast; None where a value inside might overflow, or a shape does not fit."""
         if not magnitude(x) < self._limit:
             return None
         operand = x
@@ -364,4 +364,5 @@ class Program:
             if z is None:
                 return None
             operand = z
-        return cast(operand, x.dtype)
+        kind = x.device.type
+        return cast(operand, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)

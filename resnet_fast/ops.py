@@ -36,6 +36,7 @@ __all__ = [
     "bn_backward_sums",
     "bn_finalize",
     "bn_stats",
+    "bottleneck",
     "conv_affine_act",
     "conv_backward",
     "conv_backward_sums",
@@ -525,3 +526,39 @@ def conv_affine_act(
     """
     y = F.conv2d(x, w, None, stride, padding, dilation, groups)
     return affine_act.definition(y, torch.ones_like(shift) if scale is None else scale, shift, residual, relu=relu)
+
+
+# ---- row bottleneck: inference, a whole block --------------------------------------------------------------------
+
+
+@op
+def bottleneck(
+    x: Tensor,
+    w1: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    w2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    w3: Tensor,
+    scale3: Tensor,
+    shift3: Tensor,
+    rw: Tensor | None = None,
+    rscale: Tensor | None = None,
+    rshift: Tensor | None = None,
+) -> Tensor:
+    """Inference: z = relu(conv1x1(a2, w3) * scale3 + shift3 + shortcut), a residual bottleneck of stride 1.
+
+    a1 = relu(conv1x1(x, w1) * scale1 + shift1), a2 = relu(conv3x3(a1, w2) * scale2 + shift2), with padding 1 of a1, so
+    that outside of the image it is 0 whatever shift1. The shortcut is x itself or, with all three of ``rw``, ``rscale``
+    and ``rshift``, conv1x1(x, rw) * rscale + rshift. ``x`` (N, C, H, W); w1 (B, C, 1, 1), w2 (B, B, 3, 3), w3 (K, B, 1,
+    1), rw (K, C, 1, 1), in the dtype of ``x``; scales and shifts (B,) and (K,). a1 and a2 are rounded to that dtype.
+    Returns z (N, K, H, W) in it.
+    """
+    conv = conv_affine_act.definition
+    a1 = conv(x, w1, shift1, [1, 1], [0, 0], [1, 1], 1, scale1)
+    a2 = conv(a1, w2, shift2, [1, 1], [1, 1], [1, 1], 1, scale2)
+    residual = x
+    if rw is not None and rscale is not None and rshift is not None:
+        residual = conv(x, rw, rshift, [1, 1], [0, 0], [1, 1], 1, rscale, relu=False)
+    return conv(a2, w3, shift3, [1, 1], [0, 0], [1, 1], 1, scale3, residual)

@@ -19,6 +19,7 @@ from torch.nn.modules import module as nn_module
 from . import functional as f
 from .dispatch import forced_backend, use_backend
 from .folding import FoldCache, Folded, Program, arithmetic, cast, folded_block
+from .inference import fused_block
 from .watch import Watch
 
 __all__ = [
@@ -390,7 +391,8 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
     dtype = handed.dtype or x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    if folded is None and not any(la.batch_stats for la in every) and not _needs_grad(x, residual, every):
+    given = folded is not None or not (any(la.batch_stats for la in every) or _needs_grad(x, residual, every))
+    if folded is None and given:
         wide = arithmetic(x.device, dtype, every, projection is not None)
         folded = cache.get(x.device, wide, every, situation, Watch(module, plan.paths + plan.idle))
     if folded is not None:
@@ -408,7 +410,9 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
     identity = plan.shortcut == "identity"
     pool, known = _pool(module, plan)
     known = known and layers[-1].relu
-    z = f.residual_block(x, layers, projection=projection, residual=residual, identity=identity, pool=known)
+    options: dict[str, Any] = {"projection": projection, "residual": residual, "identity": identity, "pool": known}
+    fused = fused_block(x, layers, **options) if given and x.device.type == "cuda" else None
+    z = f.residual_block(x, layers, **options) if fused is None else fused
     return z if pool is None or known else pool(z), _OUTSIDE
 
 

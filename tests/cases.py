@@ -112,6 +112,12 @@ NASTY = (
     Case("empty", 0, 8, 6, 6, 16, 3, 1, 1),
 )
 
+#: Bottlenecks that have a whole-block kernel: C channels, K the width (H, W as wanted). See VARIANTS["bottleneck"].
+WHOLE_BLOCKS = {
+    "identity": (Case("stage1", 1, 256, 9, 17, 64, 1, 1, 0), Case("stage2", 1, 512, 9, 17, 128, 1, 1, 0)),
+    "projection": (Case("first", 1, 64, 9, 17, 64, 1, 1, 0), Case("first_wide", 1, 64, 9, 17, 128, 1, 1, 0)),
+}
+
 LAYOUTS = ("channels_last", "nchw", "sliced", "unaligned")
 
 
@@ -187,6 +193,8 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "linear": (),
         "scaled": ("relu", "scale", "residual"),
     },
+    # Of a case with C channels and K, the width: to 2 K with a projection.
+    "bottleneck": {"identity": (), "projection": ("rw", "rscale", "rshift")},
 }
 
 
@@ -224,6 +232,20 @@ class _Maker:
         """The mask of z, as ``affine_act_mask`` packs it."""
         one = torch.ones(self.case.K, device=self.device)
         return ops.affine_act_mask.definition(self.make("z"), one, 0 * one)[1]
+
+    def bottleneck(self, name: str, projection: bool) -> Any:
+        """An argument of ``bottleneck``: x (N, C, H, W), K the width; to C channels, or by a projection to 4 K."""
+        case = self.case
+        c, width, k = case.C, case.K, 4 * case.K if projection else case.C
+        sizes = {"w1": (width, c, 1), "w2": (width, width, 3), "w3": (k, width, 1), "rw": (k, c, 1)}
+        if name in sizes:
+            out, into, r = sizes[name]
+            w = self.randn(name, out, into, r, r) / (into * r * r) ** 0.5
+            return w.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if name == "x":
+            return self.image("x", case.x_size)
+        channels = width if name[-1] in "12" else k
+        return self.vector(name, channels, *((1.0, 0.5) if "scale" in name else (0.0, 1.0)))
 
     def make(self, name: str) -> Any:
         """The argument called ``name``."""
@@ -298,6 +320,8 @@ def inputs(
             arguments[name] = torch.tensor([case.NPQ, 0, 3], dtype=ops.stats_dtype(dtype), device=device)
         elif name == "z" and "mask" in kept:
             arguments[name] = maker.mask()
+        elif op == "bottleneck" and (parameter.default is parameter.empty or name in kept):
+            arguments[name] = maker.bottleneck(name, "rw" in kept)
         elif parameter.default is parameter.empty or name in kept:
             arguments[name] = maker.make(name)
     return arguments

@@ -182,3 +182,21 @@ def test_instructions_of_ptx_cuh(arch: str) -> None:
             assert re.search(instruction, sass), f"{name}: no {instruction}"
         assert bool(re.search(r"LDSM\.16\.MT88\.4", sass)) == ("Lb1" in name)
         assert ("HMMA.16816.F32.BF16" in sass) == ("bfloat16" in name)
+
+
+@needs_nvcc
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ARCHS)
+def test_whole_blocks_use_the_tensor_cores(arch: str) -> None:
+    """Every instance multiplies by mma.sync of its type, fed by ldmatrix and cp.async; z goes out in 16 bytes."""
+    cubin = next(cubin for cubin in cubins(arch) if cubin.name.startswith("bottleneck."))
+    found = {kernel.symbol: kernel for kernel in kernels(cubin.with_suffix(".log").read_text())}
+    code = machine_code(cubin)
+    assert len(found) == 2 * (4 + 2)  # widths 64 (resident or not) and 128, projection or not
+    for symbol, kernel in found.items():
+        sass = code[symbol]
+        for instruction in (r"LDGSTS\.E\.\S*128", r"LDSM\.16\.\S*4", r"HMMA\.16816\.F32", r"STG\.E\.\S*128"):
+            assert re.search(instruction, sass), f"{kernel.name}: no {instruction}"
+        assert ("HMMA.16816.F32.BF16" in sass) == ("bfloat16" in kernel.name)
+        assert not re.search(r"\bSTG\.E\.(?:\w+\.)*(?:[US]16|64)\b", sass), f"{kernel.name}: narrow stores"
+        assert 256 * kernel.registers <= 65536

@@ -35,9 +35,11 @@ FLOORS = {
     "ops": 1,
     "functional": 2,
     "folding": 2,
+    "inference": 2,
     "watch": 2,
     "plan": 3,
     "modules": 3,
+    "capture": 3,
     "adapters": 4,
     "fuse": 4,
     "models": 4,
@@ -51,6 +53,7 @@ SIDEWAYS = {
     ("ops", "dispatch"),
     ("folding", "functional"),
     ("folding", "watch"),
+    ("inference", "functional"),
     ("modules", "plan"),
     ("fuse", "adapters"),
     ("recipes", "commands"),
@@ -156,7 +159,7 @@ def test_every_op_has_a_docstring_cases_and_tests(op: str) -> None:
     assert doc and len(doc) > 40 and OPS[op].__doc__ == OPS[op].definition.__doc__
     assert cases.VARIANTS[op] and op in tolerance._EAGER
     named = [f for f in (ROOT / "tests").glob("test_*.py") if re.search(rf'"{op}"', f.read_text())]
-    assert {f.name for f in named} & {"test_bn_act.py", "test_conv.py", "test_stem.py"}, (
+    assert {f.name for f in named} & {"test_bn_act.py", "test_conv.py", "test_stem.py", "test_bottleneck.py"}, (
         f"{op} is in no test of its row"
     )
     # The usual variant and one without any option cover every argument.

@@ -327,6 +327,27 @@ def _eager_conv_affine_act(
     return _eager_affine_act(y, torch.ones_like(shift) if scale is None else scale, shift, residual, relu=relu)
 
 
+def _eager_bottleneck(
+    x: Tensor,
+    w1: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    w2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    w3: Tensor,
+    scale3: Tensor,
+    shift3: Tensor,
+    rw: Tensor | None = None,
+    rscale: Tensor | None = None,
+    rshift: Tensor | None = None,
+) -> Tensor:
+    a1 = torch.relu(_affine(F.conv2d(x, w1), scale1, shift1))
+    a2 = torch.relu(_affine(F.conv2d(a1, w2, padding=1), scale2, shift2))
+    side = x if rw is None or rscale is None or rshift is None else _affine(F.conv2d(x, rw), rscale, rshift)
+    return torch.relu(_affine(F.conv2d(a2, w3), scale3, shift3) + side)
+
+
 _EAGER: dict[str, Callable[..., Any]] = {
     "bn_stats": _eager_bn_stats,
     "bn_finalize": _eager_bn_finalize,
@@ -345,6 +366,7 @@ _EAGER: dict[str, Callable[..., Any]] = {
     "conv_backward": _eager_conv_backward,
     "conv_backward_sums": _eager_conv_backward_sums,
     "conv_affine_act": _eager_conv_affine_act,
+    "bottleneck": _eager_bottleneck,
 }
 
 

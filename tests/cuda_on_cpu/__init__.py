@@ -261,6 +261,16 @@ def operands(**tensors: Tensor) -> Iterator[None]:
         machine().set_operands([])
 
 
+@contextmanager
+def shared_memory(nbytes: int) -> Iterator[None]:
+    """A GPU on which a block may have so much of it; else it is an A100, of 163 KiB."""
+    machine().set_shared_limit(nbytes)
+    try:
+        yield
+    finally:
+        machine().set_shared_limit(163 << 10)
+
+
 class _Poisoned(TorchDispatchMode):
     """Fills what torch.empty and its kind return."""
 

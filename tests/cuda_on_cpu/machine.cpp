@@ -47,7 +47,6 @@ constexpr unsigned MAX_THREADS = 1024;
 constexpr size_t STACK_SIZE = size_t{64} << 10;
 constexpr size_t PAGE = 4096;
 constexpr size_t DEFAULT_SHARED = size_t{48} << 10;
-constexpr size_t MAX_SHARED = size_t{163} << 10;  // sm_80; sm_90 has 227 KiB
 constexpr int MULTIPROCESSORS = 4;
 
 cudaError_t last_error = cudaSuccess;
@@ -295,7 +294,7 @@ void meet(unsigned mask, const char* name, bool whole_warp, Site site, void* slo
 
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || static_cast<size_t>(value) > MAX_SHARED) {
+  if (value < 0 || static_cast<size_t>(value) > machine.shared_limit) {
     return last_error = cudaErrorInvalidValue;
   }
   shared_limits()[kernel] = static_cast<size_t>(value);
@@ -371,7 +370,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(MAX_SHARED);
+      *value = static_cast<int>(machine.shared_limit);
       return cudaSuccess;
   }
   return last_error = cudaErrorInvalidValue;

@@ -68,6 +68,7 @@ struct Machine {
   std::vector<Warp> warps;
   Thread* current = nullptr;  // none: the host's code runs
   bool reversed = false;      // threads, warps and blocks from the last to the first
+  size_t shared_limit = size_t{163} << 10;  // of a block: sm_80's; sm_90 has 227 KiB
   uint32_t block_number = 0;  // of all blocks of all launches
   uint32_t clock;             // barriers of this block so far
   int live, waiting, holding;

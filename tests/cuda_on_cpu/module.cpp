@@ -35,6 +35,8 @@ PYBIND11_MODULE(machine, module) {
              });
   module.def("set_reversed", [](bool reversed) { machine.reversed = reversed; });
 
+  module.def("set_shared_limit", [](size_t bytes) { machine.shared_limit = bytes; });
+
   module.def(
       "probe",
       [](const std::string& name, uintptr_t x, uintptr_t w, uintptr_t y,

@@ -13,6 +13,7 @@ from resnet_fast.backends import library
 
 from .bn_act import affine_act, bn_backward_apply, bn_backward_sums, bn_stats
 from .common import CHANNELS_LAST, affine_of, matrix, vector
+from .conv_affine_act import conv_affine_act as inference
 from .conv_common import Geometry, Gradient, unsupported
 from .conv_dgrad import conv_dgrad as dgrad
 from .conv_fprop import conv_fprop as fprop
@@ -273,6 +274,14 @@ def conv_affine_act(
     residual: Tensor | None = None,
     relu: bool = True,
 ) -> Tensor:
-    y = F.conv2d(x, w, None, stride, padding, dilation, groups)
-    one = y.new_ones(y.shape[1], dtype=torch.float32) if scale is None else scale
-    return affine_act(y, one, shift, residual, relu=relu)
+    x = matrix("x", x)
+    w = _weight(w, x)
+    geometry = _geometry(list(x.shape), list(w.shape), stride, padding, dilation, groups)
+    if geometry is None:
+        y = F.conv2d(x, w, None, stride, padding, dilation, groups)
+        one = y.new_ones(y.shape[1], dtype=torch.float32) if scale is None else scale
+        return affine_act(y, one, shift, residual, relu=relu)
+    z = x.new_empty(1).expand(geometry.N, geometry.K, geometry.P, geometry.Q)  # its size alone is looked at
+    if residual is not None:
+        residual = matrix("residual", residual, z)
+    return inference(x, w, geometry, vector("scale", scale, z), _vector("shift", shift, z), residual, relu)
