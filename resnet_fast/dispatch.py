@@ -326,12 +326,14 @@ def resolve(signature: Signature, candidate: Candidate, device: torch.device) ->
 def add_rows(device: torch.device, rows: Iterable[Row]) -> None:
     """From now on the fastest candidate of each row runs on ``device``."""
     known = _tables.get(device) or Table({}, {}, {}, {})
-    new = Table(*(dict(part) for part in known))  # replaced as a whole, so that threads may go on reading
+    # Replaced as a whole, so that threads may go on reading.
+    new = Table(dict(known.rows), dict(known.choices), dict(known.originals), dict(known.unable))
     for row in rows:
         signature, best = row.signature, row.candidates[0]
         new.rows[signature] = row
-        for part in (new.choices, new.originals, new.unable):
-            part.pop(signature, None)
+        new.choices.pop(signature, None)
+        new.originals.pop(signature, None)
+        new.unable.pop(signature, None)
         if signature.op == "block":
             if best.backend == "original":
                 other = next((c.seconds for c in row.candidates if c.backend != "original"), best.seconds)

@@ -412,7 +412,7 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
         faster = originals(x.device)
         if faster and _needs_grad(x, None, every):
             signature = block_signature(x, layers, projection, plan, pools(module, plan, layers))
-            if signature in faster:
+            if signature is not None and signature in faster:
                 raise Refusal(faster[signature])
     if isinstance(plan.shortcut, Opaque):
         x, handed = narrow(x, handed), handed._replace(dtype=None)

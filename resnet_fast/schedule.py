@@ -71,9 +71,9 @@ class _Seen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.conv2d and len(args) > 1:
-            seen = self.inputs.setdefault(id(args[1]), [])
-            if all((x.shape, x.dtype, x.requires_grad) != (args[0].shape, args[0].dtype, args[0].requires_grad) for x in seen):
-                seen.append(args[0])
+            x, seen = args[0], self.inputs.setdefault(id(args[1]), [])
+            if all((t.shape, t.dtype, t.requires_grad) != (x.shape, x.dtype, x.requires_grad) for t in seen):
+                seen.append(x)
         return func(*args, **(kwargs or {}))
 
 
@@ -98,7 +98,7 @@ def inputs(model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype | No
     except Exception as error:
         raise RuntimeError(
             f"model: its forward failed on a fake image of {tuple(input_shape)} ({type(error).__name__}: {error}). "
-            "Remedy: give the input_shape that it is trained with; a model whose forward looks at values cannot be asked"
+            "Remedy: the input_shape that it is trained with. A model whose forward looks at values cannot be asked."
         ) from error
     finally:
         for m, training in modes:

@@ -8,6 +8,7 @@ table of the device, which dispatch.py looks into. Training never measures anyth
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,8 @@ Timer = Callable[[Callable[[], object], torch.device], float]
 _ROUNDS = 3
 #: A way that takes this many times the best one's time in the first round is not measured again.
 _HOPELESS = 1.5
+#: Those that take up to so many times the best one's time meet in a last race.
+_CLOSE = 1.1
 #: Seconds after which what was measured is written down, should the process die.
 _SAVE_EVERY = 30.0
 
@@ -47,7 +50,8 @@ class TuningWarning(UserWarning):
     """A way to run an op failed, or gave other numbers than the definition; it was left out."""
 
 
-class Report(NamedTuple):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report:
     """What :func:`warmup` did; prints as a few lines."""
 
     device: str
@@ -68,7 +72,8 @@ class Report(NamedTuple):
             lines.append(f"written to {self.path}" if self.path else "not written: it holds for this process")
         return "\n".join([*lines, *(f"left out: {text}" for text in self.left_out)])
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 # ---- time
@@ -77,11 +82,11 @@ class Report(NamedTuple):
 def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     """The :data:`Timer`: the mean of so many calls that they last some milliseconds."""
     if device.type != "cuda":
-        calls, begin = 0, time.perf_counter()
-        while calls < 2 or (time.perf_counter() - begin < 0.02 and calls < 100):
+        calls, start = 0, time.perf_counter()
+        while calls < 2 or (time.perf_counter() - start < 0.02 and calls < 100):
             function()
             calls += 1
-        return (time.perf_counter() - begin) / calls
+        return (time.perf_counter() - start) / calls
     with torch.cuda.device(device):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         calls = 1
@@ -170,11 +175,11 @@ class _Tuner:
             self.left_out.append(text)
             warnings.warn(f"warmup leaves out {text}", TuningWarning, stacklevel=4)
 
-    def race(self, functions: Mapping[int, Callable[[], object]]) -> dict[int, float]:
+    def race(self, functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Seconds of each, in turns: the median of rounds, of one round for what is far behind."""
-        times: dict[int, list[float]] = {i: [self.timer(function, self.device)] for i, function in functions.items()}
-        best = min(t[0] for t in times.values())
-        running = [i for i, t in times.items() if t[0] <= _HOPELESS * best] if len(times) > 1 else []
+        times = {i: [self.timer(function, self.device)] for i, function in functions.items()}
+        best = min((t[0] for t in times.values()), default=0.0)
+        running = [i for i, t in times.items() if t[0] <= _HOPELESS * best]
         for _ in range(_ROUNDS - 1):
             for i in running:
                 times[i].append(self.timer(functions[i], self.device))
@@ -189,42 +194,49 @@ class _Tuner:
             with contextlib.suppress(torch.OutOfMemoryError):  # then the others are believed
                 expected = OPS[op].definition(**arguments)
             found: dict[str, Candidate] = {}
+            functions: dict[str, Callable[[], object]] = {}
 
             def measure(candidates: Sequence[tuple[str, Mapping[str, Any] | None]]) -> None:
                 """Adds those that run and are right."""
-                new = [Candidate(*c, math.inf) for c in candidates if describe(Candidate(*c, 0.0)) not in found]
-                able: dict[int, Callable[[], object]] = {}
-                for i, candidate in enumerate(new):
+                new: dict[str, Callable[[], object]] = {}
+                for name, config in candidates:
+                    candidate = Candidate(name, config, math.inf)
+                    text = describe(candidate)
                     choice = dispatch.resolve(call.signature, candidate, self.device)
-                    if not isinstance(choice, Choice):
+                    if text in found or not isinstance(choice, Choice):
                         continue
+                    found[text] = candidate  # asked once, whatever comes of it
                     function = functools.partial(choice.function, **arguments)
-                    what = f"{describe(candidate)} for {op} {_shape(call.signature)}"
                     try:
                         wrong = None if expected is None else _differs(function(), expected, dtype)
                     except Exception as error:  # out of memory, shared memory or registers: each is another type
-                        self.leave_out(what, f"{type(error).__name__}: {error}")
-                        continue
+                        wrong = f"{type(error).__name__}: {error}"
                     if wrong is None:
-                        able[i] = function
+                        new[text] = functions[text] = function
                     else:
-                        self.leave_out(what, wrong)
-                if able:
-                    for i, took in self.race(able).items():
-                        found[describe(new[i])] = new[i]._replace(seconds=took)
+                        self.leave_out(f"{text} for {op} {_shape(call.signature)}", wrong)
+                race(new)
+
+            def race(contenders: Mapping[str, Callable[[], object]]) -> None:
+                for text, took in self.race(contenders).items():
+                    found[text] = found[text]._replace(seconds=took)
 
             reasons = dispatch.reasons(op, self.device, dtype)
             # The definition of conv_backward_sums is its parts in plain torch: below they run on their backends.
             able = [n for n, why in reasons.items() if why is None and not (n == "torch" and op.endswith("_sums"))]
-            axes = {name: _axes(name, op, arguments) for name in able}
-            measure([(name, {axis: options[0] for axis, options in axes[name].items()} or None) for name in able])
             for name in able:
-                # One axis after the other, the others at their best so far: a sum of measurements, no product.
-                for axis, options in axes[name].items():
-                    mine = [c for c in found.values() if c.backend == name and c.config]
+                starts, axes = _configurations(name, op, arguments)
+                measure([(name, config) for config in starts or [None]])
+                for axis, options in axes.items():
+                    # One axis after the other, the others at their best so far: a sum of measurements, no product.
+                    mine = [c for c in found.values() if c.backend == name and c.config and axis in c.config]
                     if mine:
                         best = min(mine, key=lambda c: c.seconds).config or {}
                         measure([(name, {**best, axis: option}) for option in options])
+            close = {text for text, c in found.items() if c.seconds <= _CLOSE * min(c.seconds for c in found.values())}
+            if len(close) > 1:  # they were not all measured in one race
+                race({text: functions[text] for text in close if text in functions})
+            found = {text: c for text, c in found.items() if c.seconds < math.inf}
             if op == "conv_backward_sums" and call.sums is not None:
                 took = self._apart(call, arguments)
                 found[PARTS] = Candidate(PARTS, None, took)
@@ -245,7 +257,7 @@ class _Tuner:
             OPS["conv_backward"](**plain)
             OPS["bn_backward_sums"](**sums)
 
-        return self.race({0: apart})[0]
+        return self.race({PARTS: apart})[PARTS]
 
     def block(self, part: Part) -> Row | None:
         """A training step of a block, fused by what the table now says, against the same in plain torch."""
@@ -288,25 +300,31 @@ class _Tuner:
                 torch.autograd.grad(z, wanted, torch.ones_like(z), allow_unused=True)
 
             try:
-                fused(), original()
-                times = self.race({0: fused, 1: original})
+                fused()
+                original()
+                times = self.race({"fused": fused, "original": original})
             except Exception as error:
                 self.leave_out(f"the block {_shape(part.signature)}", f"{type(error).__name__}: {error}")
                 return None
-        both = [Candidate(name, None, times[i]) for i, name in enumerate(("fused", "original"))]
+        both = [Candidate(name, None, took) for name, took in times.items()]
         return Row(part.signature, tuple(sorted(both, key=lambda c: c.seconds)), "warmup")
 
 
-def _axes(backend: str, op: str, arguments: dict[str, Any]) -> dict[str, list[Any]]:
-    """What of ``backend`` can be configured for this call: options by name, the usual one first."""
-    if backend == "torch":
-        return {}
-    ask = getattr(dispatch.backend(backend), "configurations", None)
-    return {} if ask is None else ask(op, **arguments)
+def _configurations(
+    backend: str, op: str, arguments: dict[str, Any]
+) -> tuple[Sequence[Mapping[str, Any] | None], Mapping[str, Sequence[Any]]]:
+    """What of ``backend`` can be configured for this call: whole configurations to begin with, and options by axis."""
+    ask = None if backend == "torch" else getattr(dispatch.backend(backend), "configurations", None)
+    return ([], {}) if ask is None else ask(op, **arguments)
 
 
 def _eager(
-    x: Tensor, layers: Sequence[f.ConvBn], projection: f.ConvBn | None, residual: Tensor | None, identity: bool, pool: bool
+    x: Tensor,
+    layers: Sequence[f.ConvBn],
+    projection: f.ConvBn | None,
+    residual: Tensor | None,
+    identity: bool,
+    pool: bool,
 ) -> Tensor:
     """``residual_block`` as the original modules run it."""
 
@@ -337,6 +355,12 @@ def _shape(signature: Signature) -> str:
 # ---- a model
 
 
+def _fusable(call: Call) -> bool:
+    """Whether a backend has this op in one; its definition is its parts in plain torch."""
+    g: Tensor = call.arguments["g"]
+    return any(why is None for name, why in dispatch.reasons(call.op, g.device, g.dtype).items() if name != "torch")
+
+
 def _work(
     model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype | None
 ) -> tuple[dict[Signature, Call], dict[Signature, Part], torch.device | None]:
@@ -352,7 +376,8 @@ def _work(
         for part in parts(module, plan, seen):
             device = part.x.device
             for call in part.calls:
-                calls.setdefault(call.signature, call)
+                if call.op != "conv_backward_sums" or _fusable(call):
+                    calls.setdefault(call.signature, call)
             if part.signature is not None:
                 whole.setdefault(part.signature, part)
     # conv_backward_sums is measured against its parts at their best: they come first.
@@ -401,7 +426,8 @@ def warmup(
         dispatch.add_rows(device, tables.load(device, cache).values())
     rows = dispatch.table(device).rows
     known = 0 if again else sum(signature in rows for signature in (*calls, *whole))
-    wanted = [work for work in (*calls.values(), *whole.values()) if again or work.signature not in rows]
+    every: list[Call | Part] = [*calls.values(), *whole.values()]
+    wanted = [work for work in every if again or work.signature not in rows]
     bar = _Bar(len(wanted), progress and bool(wanted))
     tuner = _Tuner(device, timer, bar)
     measured: list[Row] = []

@@ -22,17 +22,17 @@ pytest.importorskip("triton")
 
 import resnet_fast
 from resnet_fast import ops
-from resnet_fast.backends.triton import common, conv
+from resnet_fast.backends.triton import common, conv, conv_ways
 from resnet_fast.backends.triton.conv_common import Geometry, unsupported
 from resnet_fast.models import BasicBlock, Bottleneck
-from tests.cases import NASTY, RESNET50, TINY, inputs
+from tests.cases import NASTY, RESNET50, TINY, VARIANTS, inputs
 from tests.test_triton_compile import SHARED, Record, start
-from tests.tolerance import assert_same_bits, reference
+from tests.tolerance import assert_all_close, assert_same_bits, eager, reference
 
 BY_NAME = {case.name: case for case in TINY + NASTY}
 # The package holds functions of the names of two of its modules.
-FPROP, DGRAD, WGRAD = (
-    importlib.import_module(f"resnet_fast.backends.triton.conv_{d}") for d in ("fprop", "dgrad", "wgrad")
+FPROP, DGRAD, WGRAD, POINTWISE = (
+    importlib.import_module(f"resnet_fast.backends.triton.conv_{d}") for d in ("fprop", "dgrad", "wgrad", "pointwise")
 )
 OPS = ("conv_stats", "conv_backward_sums", "conv_backward")
 
@@ -164,6 +164,81 @@ def test_every_pixel_of_small_images(size: tuple[int, int], r: int, stride: int)
     vectors = torch.ones(3), torch.ones(3), torch.full((3,), -1.0)
     ours = conv.conv_backward_sums(*arguments, False, *vectors)
     assert_same_bits(ours, ops.conv_backward_sums.definition(*arguments, False, *vectors))
+
+
+# ---- the ways that a table may choose
+
+
+def ways(op: str, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every beginning, and every option of every direction beside the usual ones."""
+    starts, axes = conv_ways.configurations(op, **kwargs)
+    found = list(starts)
+    for direction, options in axes.items():
+        found += [{**starts[0], direction: option} for option in options]
+    return [way for i, way in enumerate(found) if way not in found[:i]]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["1x1", "3x3_2", "K70"])
+@pytest.mark.parametrize("op, variant", [(op, variant) for op in OPS for variant in VARIANTS[op]])
+def test_every_way_matches_float64(op: str, variant: str, name: str, dtype: torch.dtype) -> None:
+    """Fused, written out first, the library's, mixed, and both gradients in one kernel: one tolerance, equal bits."""
+    kwargs = inputs(op, BY_NAME[name], dtype, variant=variant)
+    found = ways(op, kwargs)
+    assert len(found) >= 2 and any("shared" in way for way in found) == (op != "conv_stats" and name != "3x3_2")
+    for way in found:
+        function = conv.configured(op, way)
+        ours = function(**kwargs)
+        assert_all_close(ours, reference(op, kwargs), eager(op, kwargs), f"{op} as {way}: output")
+        assert_same_bits(ours, function(**kwargs))
+
+
+@pytest.mark.parametrize(
+    "op, config, reason",
+    [
+        ("conv_stats", {"fprop": [1, 2, 3]}, "fprop: found"),
+        ("conv_stats", {"fprop": "fast"}, "fprop: found 'fast'"),
+        ("conv_stats", {"fprop": None}, "fprop: found None"),
+        ("conv_stats", {"fprop": [128, 128, 64, 8, 3, 2]}, "fprop: found"),
+        ("conv_stats", {"dgrad": "library"}, "no directions"),
+        ("conv_backward", {"shared": "library"}, "shared: found"),
+        ("conv_affine_act", {"fprop": "library"}, "no directions"),
+    ],
+)
+def test_unknown_ways_are_refused(op: str, config: dict[str, Any], reason: str) -> None:
+    """A table may come from anywhere: nothing but tiles of this version reaches the compiler."""
+    with pytest.raises(ValueError, match=reason):
+        conv.configured(op, config)
+
+
+def test_a_way_is_in_force_for_its_call_alone() -> None:
+    """And for its thread; a shape that cannot be shared is not."""
+    kwargs = inputs("conv_backward", BY_NAME["3x3"])
+    tile = list(POINTWISE.CONFIGS["interpreted"]._replace(columns=16, depth=16))
+    function = conv.configured("conv_backward", {"dgrad": "library", "wgrad": "library", "shared": tile})
+    with common.recorded() as launches:
+        function(**kwargs)
+    assert [launch.kernel.fn.__name__ for launch in launches] == []
+    assert conv_ways.way("dgrad") == conv_ways.USUAL
+    with pytest.raises(ValueError, match="g: found"):
+        function(**{**kwargs, "g": kwargs["g"][:1]})
+    assert conv_ways.way("dgrad") == conv_ways.USUAL
+    assert kernels("conv_backward", needs_w=False) == ["conv_dgrad_kernel"]
+
+
+def test_gradients_are_shared_where_dw_fits() -> None:
+    """Stage 1 of ResNet-50 has room for it; larger layers, 3x3 and strides have none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (POINTWISE, importlib.import_module("resnet_fast.backends.triton.conv_common")):
+            patch.setattr(module, "INTERPRETED", False)
+        fits = set()
+        for case in RESNET50:
+            geometry = Geometry(case.N, case.C, case.H, case.W, case.K, case.R, case.stride)
+            if POINTWISE.options(geometry, torch.bfloat16):
+                fits.add(case.name)
+            assert POINTWISE.options(geometry, torch.float32) == []
+    assert fits == {"s1_first_1x1", "s1_reduce_1x1", "s1_expand_1x1"}
 
 
 # ---- statistics

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .bn_act import coarse, finish_stats
 from .common import launch
-from .conv_common import Config, Geometry, grouped, halves, image, load_activation, plain_tile, precision
+from .conv_common import Config, Geometry, grouped, halves, image, load_activation, options_of, plain_tile, precision
 
 # A program keeps one block of channels of y and walks over neighbouring blocks of pixels, so that a channel's
 # statistics leave it once. Programs of the same pixels and other channels run side by side and share x through L2.
@@ -37,6 +37,12 @@ def config(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> Config:
     """The tile for this shape."""
     shape = f"narrow_{geometry.R}x{geometry.R}" if geometry.K <= 64 else "wide_lazy" if lazy else "wide"
     return CONFIGS[plain_tile(geometry, dtype) or shape]
+
+
+def options(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> list[Config]:
+    """The tiles that may serve this shape, the usual one first."""
+    names = ["narrow_1x1", "narrow_3x3", *(["wide_lazy", *([] if lazy else ["wide"])] if geometry.K > 64 else [])]
+    return options_of(CONFIGS, names, geometry, dtype, config(geometry, dtype, lazy))
 
 
 @triton.jit
@@ -170,9 +176,10 @@ def conv_fprop(
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
+    tile: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``conv_stats`` returns; operands are checked, channels-last and not empty."""
-    tile = config(geometry, x.dtype, scale is not None)
+    tile = tile or config(geometry, x.dtype, scale is not None)
     k_blocks = triton.cdiv(geometry.K, tile.columns)
     tiles_per_group, groups = grouped(triton.cdiv(geometry.NPQ, tile.rows), k_blocks, tile, x.device)
     y = image(x, geometry.N, geometry.K, geometry.P, geometry.Q)
