@@ -179,8 +179,9 @@ def ways(op: str, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["1x1", "3x3_2", "K70"])
+@pytest.mark.parametrize(
+    "name, dtype", [("1x1", torch.float32), ("3x3_2", torch.float32), ("K70", torch.float16)], ids=str
+)
 @pytest.mark.parametrize("op, variant", [(op, variant) for op in OPS for variant in VARIANTS[op]])
 def test_every_way_matches_float64(op: str, variant: str, name: str, dtype: torch.dtype) -> None:
     """Fused, written out first, the library's, mixed, and both gradients in one kernel: one tolerance, equal bits."""
@@ -235,9 +236,9 @@ def test_gradients_are_shared_where_dw_fits() -> None:
         fits = set()
         for case in RESNET50:
             geometry = Geometry(case.N, case.C, case.H, case.W, case.K, case.R, case.stride)
-            if POINTWISE.options(geometry, torch.bfloat16):
+            if POINTWISE.options(geometry, torch.bfloat16, torch.device("cpu")):
                 fits.add(case.name)
-            assert POINTWISE.options(geometry, torch.float32) == []
+            assert POINTWISE.options(geometry, torch.float32, torch.device("cpu")) == []
     assert fits == {"s1_first_1x1", "s1_reduce_1x1", "s1_expand_1x1"}
 
 

@@ -17,6 +17,8 @@ from resnet_fast.backends import library
 from .bn_act import affine_act, bn_backward_apply, bn_backward_sums, bn_stats
 from .common import CHANNELS_LAST, affine_of, matrix, vector
 from .conv_common import Config, Geometry, Gradient, geometry_of, unsupported
+from .conv_descriptor import conv_descriptor
+from .conv_descriptor import options as descriptor_tiles
 from .conv_dgrad import conv_dgrad as dgrad
 from .conv_fprop import conv_fprop as fprop
 from .conv_pointwise import conv_pointwise_backward
@@ -121,7 +123,13 @@ def conv_stats(
         return (y, *bn_stats(y, gamma, beta, eps))
     per_y = x.new_empty(1).expand(1, geometry.K)  # K alone is looked at
     norm = vector("gamma", gamma, per_y), vector("beta", beta, per_y), eps
-    return fprop(x, w, geometry, scale, shift, *norm, chosen.tile)
+    if (
+        chosen.descriptor
+        and chosen.tile in descriptor_tiles(geometry, x.dtype, x.device)
+        and not (x.data_ptr() | w.data_ptr()) % 16
+    ):
+        return conv_descriptor(x, w, geometry, scale, shift, *norm, chosen.tile)
+    return fprop(x, w, geometry, scale, shift, *norm, None if chosen.descriptor else chosen.tile)
 
 
 def conv_dgrad(
@@ -189,10 +197,14 @@ def _wgrad(
     return wgrad(g, x, geometry, lazy, scale, shift, chosen.tile)
 
 
-def _shared_tile(geometry: Geometry | None, dtype: torch.dtype) -> Config | None:
+def _shared_tile(geometry: Geometry | None, x: Tensor) -> Config | None:
     """The tile of dgrad and wgrad in one kernel, where a table asks for it and the shape has it."""
     tile = way("shared").tile
-    return tile if tile is not None and geometry is not None and tile in shared_tiles(geometry, dtype) else None
+    return (
+        tile
+        if tile is not None and geometry is not None and tile in shared_tiles(geometry, x.dtype, x.device)
+        else None
+    )
 
 
 def conv_backward(
@@ -223,7 +235,7 @@ def conv_backward(
     residual = None if residual is None else matrix("residual", residual, x)
     conv = (stride, padding, dilation, groups)
     geometry = _geometry(list(x.shape), list(w.shape), conv, g)
-    tile = _shared_tile(geometry, x.dtype) if needs_x and needs_w else None
+    tile = _shared_tile(geometry, x) if needs_x and needs_w else None
     if geometry is not None and tile is not None:
         dx, dw = conv_pointwise_backward(g, x, w, geometry, lazy, tile, scale, shift, residual)
         return dx, dw
@@ -264,7 +276,7 @@ def conv_backward_sums(
     xmean, scale, shift = (_vector(name, v, x) for name, v in (("xmean", xmean), ("scale", scale), ("shift", shift)))
     conv = (stride, padding, dilation, groups)
     geometry = _geometry(list(x.shape), list(w.shape), conv, g)
-    tile = _shared_tile(geometry, x.dtype) if needs_w else None
+    tile = _shared_tile(geometry, x) if needs_w else None
     if geometry is not None and tile is not None:
         return conv_pointwise_backward(g, x, w, geometry, lazy, tile, scale, shift, None, xmean)  # type: ignore[return-value]
     of_x, of_w = way("dgrad"), way("wgrad")

@@ -105,6 +105,11 @@ def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def hopper(device: torch.device) -> bool:
+    """Whether the GPU is of compute capability 9.0 or newer: more shared memory, wgmma, TMA. The interpreter has all."""
+    return INTERPRETED if device.type == "cpu" else torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How a product of float32 is formed: as torch's convolutions do, which TF32 is allowed to by default."""
     cudnn: Any = torch.backends.cudnn

@@ -18,6 +18,7 @@ from .conv_common import (
     Geometry,
     Gradient,
     halves,
+    hopper,
     image,
     load_activation,
     load_gradient,
@@ -38,15 +39,18 @@ CONFIGS: dict[str, Config] = {
 _LARGEST = 16384
 
 
-def options(geometry: Geometry, dtype: torch.dtype) -> list[Config]:
-    """The tiles that may serve this shape; none where dw does not fit."""
+def options(geometry: Geometry, dtype: torch.dtype, device: torch.device, masked: bool = False) -> list[Config]:
+    """The tiles that may serve this shape; none where dw does not fit. ``masked``: with a ReLU behind the gradient."""
     columns, depth = (max(16, triton.next_power_of_2(n)) for n in (geometry.C, geometry.K))
     if geometry.R != 1 or geometry.stride != 1 or columns * depth > _LARGEST or max(columns, depth) > 256:
         return []
     if INTERPRETED:
         names = ["interpreted"]
     else:
-        names = [] if dtype == torch.float32 or geometry.C % 16 or geometry.K % 16 else ["small", "smaller"]
+        names = [] if dtype == torch.float32 or geometry.C % 16 or geometry.K % 16 else ["smaller"]
+        # Larger ones spill on sm_80 (8 to 168 bytes), and with a mask on sm_90.
+        if names and (columns * depth <= 4096 or (hopper(device) and not masked)):
+            names = ["small", "smaller"]
     return [CONFIGS[name]._replace(columns=columns, depth=depth) for name in names]
 
 
@@ -67,6 +71,7 @@ def conv_pointwise_backward_kernel(
     scale,
     shift,
     dx,
+    by_tile,
     sums,
     dw,
     NPQ,
@@ -82,7 +87,7 @@ def conv_pointwise_backward_kernel(
     dy = g or a * g + b * (y - mean) + c, as load_gradient has it; z = x or relu(x * scale + shift). With sums: dx is 0
     where x * scale + shift <= 0, and sum(dx), sum(dx * (x - xmean)) go there.
     Shapes    g, y (NPQ, K), w (K, C), residual, x, dx (NPQ, C), dw (programs, K, C) fp32; mean, a, b, c, gscale, gshift
-              (K,) and xmean, scale, shift (C,) fp32; sums (2, programs, C) fp32
+              (K,) and xmean, scale, shift (C,) fp32; by_tile (2, tiles, C), sums (2, programs, C) fp32
     Tiles     BLOCK_NPQ pixels, all of C and K; every program takes every programs-th tile and keeps its dw to the end
     Traffic   reads g, y, x, residual once, writes dx, where dgrad and wgrad apart read g, y and x twice; and the parts
               of dw, 4 * programs * K * C
@@ -98,7 +103,8 @@ def conv_pointwise_backward_kernel(
     row = tl.arange(0, BLOCK_NPQ)
 
     total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    for tile in range(program, tl.cdiv(NPQ, BLOCK_NPQ), programs):
+    tiles = tl.cdiv(NPQ, BLOCK_NPQ)
+    for tile in range(program, tiles, programs):
         start = tile * BLOCK_NPQ
         inside = row < NPQ - start
         # Where the tile starts in memory is int64 and goes into the pointers; what lies within it is int32.
@@ -114,19 +120,33 @@ def conv_pointwise_backward_kernel(
                 left if half == 0 else right,
                 dx + at_c,
                 residual if residual is None else residual + at_c,
-                None if sums is None else x + at_c,
+                None if by_tile is None else x + at_c,
                 xmean,
                 scale,
                 shift,
-                sums if sums is None else sums + program * C + column,
+                by_tile if by_tile is None else by_tile + tl.cast(tile, tl.int64) * C + column,
                 row[:, None] * C + column[None, :],
                 inside[:, None] & (column < C)[None, :],
                 column,
                 C,
-                programs * C,
-                tile == program,
+                tiles * C,
+                True,
             )
-            tl.debug_barrier()  # the next loads of the sums are other threads'
+
+    if by_tile is not None:
+        # Each tile's sums were stored apart, and nothing waited for them: a barrier in the loop above would keep its
+        # loads from running ahead. The program's own are added up here.
+        tl.debug_barrier()
+        sum_g = tl.zeros((BLOCK_C,), tl.float32)
+        sum_gx = tl.zeros((BLOCK_C,), tl.float32)
+        for first in range(program, tiles, 8 * programs):
+            own = first + tl.arange(0, 8) * programs
+            slot = by_tile + (own.to(tl.int64)[:, None] * C + channel[None, :])
+            mask = (own < tiles)[:, None] & (channel < C)[None, :]
+            sum_g += tl.sum(tl.load(slot, mask=mask, other=0.0), 0)
+            sum_gx += tl.sum(tl.load(slot + tl.cast(tiles, tl.int64) * C, mask=mask, other=0.0), 0)
+        tl.store(sums + program * C + channel, sum_g, mask=channel < C)
+        tl.store(sums + (programs + program) * C + channel, sum_gx, mask=channel < C)
 
     out = dw + tl.cast(program, tl.int64) * K * C + (k[:, None] * C + channel[None, :])
     tl.store(out, total, mask=both)
@@ -146,10 +166,13 @@ def conv_pointwise_backward(
 ) -> tuple[Tensor, ...]:
     """(dx, dw), or (dx, dw, sum_g, sum_gx) where ``xmean`` is given; operands are checked, channels-last, not empty."""
     n, c, h, width, k, _, _ = geometry
-    programs = min(triton.cdiv(geometry.NPQ, tile.rows), multiprocessors(x.device) * tile.per_sm)
+    tiles = triton.cdiv(geometry.NPQ, tile.rows)
+    programs = min(tiles, multiprocessors(x.device) * tile.per_sm)
     dx = image(x, n, c, h, width)
     parts = x.new_empty((programs, k, 1, 1, c), dtype=torch.float32)
-    sums = None if xmean is None else x.new_empty((2, programs, c), dtype=torch.float32)
+    by_tile = sums = None
+    if xmean is not None:
+        by_tile, sums = (x.new_empty((2, rows, c), dtype=torch.float32) for rows in (tiles, programs))
     launch(
         conv_pointwise_backward_kernel,
         programs,
@@ -163,6 +186,7 @@ def conv_pointwise_backward(
         scale=scale,
         shift=shift,
         dx=dx,
+        by_tile=by_tile,
         sums=sums,
         dw=parts,
         NPQ=geometry.NPQ,

@@ -1,8 +1,9 @@
 """The ways to run a convolution on this backend, as a table of measurements names them, and the one in force.
 
 A configuration gives each direction ("fprop", "dgrad", "wgrad", and "shared", dgrad and wgrad in one) its way:
-"library", the library's convolution between our kernels; a tile, [rows, columns, depth, warps, stages, per_sm]; or a
-tile behind "written", for which lazy operands are written out first. What it does not name runs as by default.
+"library", the library's convolution between our kernels; or a tile, [rows, columns, depth, warps, stages, per_sm].
+Before a tile may stand "written": lazy operands are written out first; and for fprop "descriptor": operands are loaded
+through tensor descriptors. What a configuration does not name runs as by default.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import conv_dgrad, conv_fprop, conv_pointwise, conv_wgrad
+from . import conv_descriptor, conv_dgrad, conv_fprop, conv_pointwise, conv_wgrad
 from .conv_common import Config, Geometry, geometry_of, unsupported
 
 __all__ = ["USUAL", "Way", "configurations", "parsed", "way", "why_unsupported", "within"]
@@ -25,6 +26,7 @@ class Way(NamedTuple):
 
     library: bool = False
     written: bool = False
+    descriptor: bool = False
     tile: Config | None = None
 
     @property
@@ -46,7 +48,10 @@ _TILES = {
     "dgrad": conv_dgrad.CONFIGS,
     "wgrad": conv_wgrad.CONFIGS,
     "shared": conv_pointwise.CONFIGS,
+    "descriptor": conv_descriptor.CONFIGS,
 }
+#: Words that may stand before a tile, in this order.
+_WORDS: dict[str, tuple[str, ...]] = {"fprop": ("written", "descriptor"), "dgrad": ("written",), "wgrad": ("written",)}
 
 
 def way(direction: str) -> Way:
@@ -58,14 +63,13 @@ def _parsed(direction: str, value: Any) -> Way:
     """Raises ValueError for what no table of this version says: nothing unknown reaches a compiler."""
     if value == "library" and direction != "shared":
         return Way(library=True)
-    numbers = tuple(value) if isinstance(value, (list, tuple)) else ()
-    written = numbers[:1] == ("written",) and direction != "shared"
-    numbers = numbers[written:]
+    numbers = list(value) if isinstance(value, (list, tuple)) else []
+    words = [numbers.pop(0) for word in _WORDS.get(direction, ()) if numbers[:1] == [word]]
     if len(numbers) == len(Config._fields) and all(isinstance(n, int) for n in numbers):
         tile = Config(*numbers)
         kind = tile._replace(columns=0, depth=0) if direction == "shared" else tile  # there they are the shape's
-        if kind in _TILES[direction].values():
-            return Way(written=written, tile=tile)
+        if kind in _TILES["descriptor" if "descriptor" in words else direction].values():
+            return Way(written="written" in words, descriptor="descriptor" in words, tile=tile)
     raise ValueError(f"{direction}: found {value!r}, supported are 'library' and the tiles of CONFIGS")
 
 
@@ -127,6 +131,9 @@ def configurations(op: str, **arguments: Any) -> tuple[list[dict[str, Any]], dic
         if lazy:
             axes[direction] += [["written", *tile] for tile in modules[direction].options(geometry, dtype, False)]
         axes[direction].append("library")
+    if op == "conv_stats":
+        for tile in conv_descriptor.options(geometry, dtype, arguments["x"].device):
+            axes["fprop"] += [["descriptor", *tile], *([["written", "descriptor", *tile]] if lazy_x else [])]
     # One direction alone gains little from an operand that is written out for it: both at once are a beginning.
     starts = [{d: options[0] for d, options in axes.items()}]
     if any(needed.values()):
@@ -135,5 +142,7 @@ def configurations(op: str, **arguments: Any) -> tuple[list[dict[str, Any]], dic
     starts.append(dict.fromkeys(axes, "library"))
     if "dgrad" in axes and "wgrad" in axes:
         # The other two go by it, so that its way is one by itself.
-        starts += [{"shared": list(tile)} for tile in conv_pointwise.options(geometry, dtype)]
+        masked = arguments.get("gscale") is not None
+        tiles = conv_pointwise.options(geometry, dtype, arguments["x"].device, masked)
+        starts += [{"shared": list(tile)} for tile in tiles]
     return starts, axes
