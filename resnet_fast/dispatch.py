@@ -39,6 +39,7 @@ __all__ = [
     "Op",
     "Table",
     "add_rows",
+    "assume",
     "choose",
     "forced_backend",
     "forget",
@@ -375,11 +376,29 @@ def tuned(op_name: str, *args: Any, **kwargs: Any) -> Choice | None:
     return choices.get(SIGNATURES[op_name](*args, **kwargs))
 
 
+_assumed: contextvars.ContextVar[Callable[..., bool] | None] = contextvars.ContextVar(
+    "resnet_fast_assumed", default=None
+)
+
+
+@contextlib.contextmanager
+def assume(decide: Callable[..., bool]) -> Iterator[None]:
+    """Inside, ``decide(*args, **kwargs)`` says whether ``fused_sums`` fuses, and the op itself is what it returns."""
+    token = _assumed.set(decide)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def fused_sums(*args: Any, **kwargs: Any) -> Callable[..., Any] | None:
     """What runs ``conv_backward_sums`` of these arguments; None where ``conv_backward`` and the sums shall run apart.
 
     Without a row that follows from the backend that runs ``conv_backward``: where it offers both in one, it is asked.
     """
+    decide = _assumed.get()
+    if decide is not None:
+        return OPS["conv_backward_sums"] if decide(*args, **kwargs) else None
     choice = tuned("conv_backward_sums", *args, **kwargs)
     if choice is not None:
         return None if choice.backend == PARTS else choice.function

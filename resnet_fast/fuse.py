@@ -458,8 +458,8 @@ def explain(
         row = _row(candidate)
         if answer.swapped and candidate.plan is not None and _state(candidate.module) is None:
             row = row._replace(status="not", reason="left alone by fuse() (filter_fn, or added later)")
-        if seen and row.status != "not" and candidate.plan is not None:
-            state = _state(candidate.module)
+        state = _state(candidate.module)
+        if seen and candidate.plan is not None and (state is not None or not answer.swapped):
             pinned = state.backend if state else None
             found = [schedule.steps(candidate.module, part, seen, pinned) for part in _parts(candidate.plan)]
             row = row._replace(steps=tuple(step for part in found for step in part))

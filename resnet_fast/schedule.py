@@ -6,8 +6,7 @@ values. So this cannot differ from what functional.py does, and a model that is 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +21,12 @@ from .dispatch import OPS, PARTS, SIGNATURES
 from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, block_signature, collect, find, pools
 from .tables import Candidate, Row, Signature
 
-__all__ = ["Call", "Part", "Step", "inputs", "parts", "steps"]
+__all__ = ["Call", "Part", "Step", "apart", "describe", "inputs", "parts", "steps"]
 
 #: Sizes, dtype and gradient of what a convolution was given.
 Inputs = Mapping[int, Sequence[Tensor]]
+#: Of the arguments of ``conv_backward_sums``: whether it runs as one.
+Fuses = Callable[..., bool]
 
 
 class Call(NamedTuple):
@@ -35,7 +36,6 @@ class Call(NamedTuple):
     layer: int  # of the block's layers, the projection last
     signature: Signature
     arguments: dict[str, Any]
-    sums: dict[str, Any] | None = None  # of the ``bn_backward_sums`` behind a ``conv_backward`` that may run in one
 
 
 class Part(NamedTuple):
@@ -139,7 +139,9 @@ def _fake(t: Any, dtype: torch.dtype | None = None) -> Any:
     return twin.requires_grad_(t.requires_grad)
 
 
-def _calls(layers: list[f.ConvBn], projection: f.ConvBn | None, plan: BlockPlan, x: Tensor, pool: bool) -> list[Call]:
+def _calls(
+    layers: list[f.ConvBn], projection: f.ConvBn | None, plan: BlockPlan, x: Tensor, pool: bool, fuses: Fuses
+) -> list[Call]:
     """One training step of the block on fakes; ``x`` is one."""
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -150,6 +152,7 @@ def _calls(layers: list[f.ConvBn], projection: f.ConvBn | None, plan: BlockPlan,
         torch.autocast(x.device.type, enabled=False),
         torch.enable_grad(),
         dispatch.use_backend("torch"),  # nothing but ops: no backend's own functions, which would read memory
+        dispatch.assume(fuses),
     ):
         image = _fake(x, dtype)
         fakes = [
@@ -172,30 +175,38 @@ def _calls(layers: list[f.ConvBn], projection: f.ConvBn | None, plan: BlockPlan,
                 wanted = [t for t in leaves if t is not None and t.requires_grad]
                 torch.autograd.grad(z, wanted, torch.empty_like(z), allow_unused=True)
     weights = [la.weight for la in fakes]
-    found: list[Call] = []
-    nothing: tuple[str, dict[str, Any]] = ("", {})
-    for (op, arguments), (then, after) in itertools.pairwise([*record.calls, nothing]):
-        if op not in SIGNATURES:
-            continue
-        layer = next(i for i, w in enumerate(weights) if _same(w, arguments["w"]))
-        call = Call(op, layer, SIGNATURES[op](**arguments), arguments)
-        found.append(call)
-        if (
-            op == "conv_backward"
-            and then == "bn_backward_sums"
-            and after["scale"] is not None
-            and arguments["gscale"] is None
-            and _same(after["y"], arguments["x"])
-        ):
-            both = {**arguments, **{name: after[name] for name in ("scale", "shift")}, "xmean": after["mean"]}
-            both = {name: both[name] for name in OPS["conv_backward_sums"].signature.parameters}
-            signature = SIGNATURES["conv_backward_sums"](**both)
-            found.append(Call("conv_backward_sums", layer, signature, both, after))
+    found = []
+    for op, arguments in record.calls:
+        if op in SIGNATURES:
+            layer = next(i for i, w in enumerate(weights) if _same(w, arguments["w"]))
+            found.append(Call(op, layer, SIGNATURES[op](**arguments), arguments))
     return found
 
 
-def parts(module: nn.Module, plan: BlockPlan, seen: Inputs) -> Iterator[Part]:
-    """The block at every input that ``seen`` has of it. Nothing where it would not run fused."""
+def apart(call: Call) -> Call:
+    """The ``conv_backward`` of a ``conv_backward_sums`` whose sums are taken apart from it."""
+    names = OPS["conv_backward"].signature.parameters
+    arguments = {name: p.default for name, p in names.items()} | {"needs_x": True}
+    arguments |= {name: value for name, value in call.arguments.items() if name in names}
+    if not arguments["needs_w"]:  # as functional.py has it: then x is looked at for its size alone
+        arguments |= {"scale": None, "shift": None}
+    return Call("conv_backward", call.layer, SIGNATURES["conv_backward"](**arguments), arguments)
+
+
+def fuses_here(*args: Any, **kwargs: Any) -> bool:
+    """Whether ``conv_backward_sums`` of these arguments runs as one, as ``dispatch.fused_sums`` decides."""
+    with dispatch.use_backend(None):
+        choice = dispatch.tuned("conv_backward_sums", *args, **kwargs)
+        if choice is not None:
+            return choice.backend != PARTS
+        return dispatch.hook("conv_backward", "sums", args[0].device, args[0].dtype) is not None
+
+
+def parts(module: nn.Module, plan: BlockPlan, seen: Inputs, fuses: Fuses = fuses_here) -> Iterator[Part]:
+    """The block at every input that ``seen`` has of it. Nothing where it would not run fused.
+
+    ``fuses`` says where ``conv_backward_sums`` is one op: what comes to the layer before it depends on that.
+    """
     try:
         layers, projection = collect(module, plan)
     except Refusal:
@@ -206,7 +217,7 @@ def parts(module: nn.Module, plan: BlockPlan, seen: Inputs) -> Iterator[Part]:
             continue
         pool = pools(module, plan, layers)
         signature = block_signature(x, layers, projection, plan, pool)
-        yield Part(plan, layers, projection, x, pool, signature, _calls(layers, projection, plan, x, pool))
+        yield Part(plan, layers, projection, x, pool, signature, _calls(layers, projection, plan, x, pool, fuses))
 
 
 # ---- what runs, and why
@@ -281,19 +292,5 @@ def steps(module: nn.Module, plan: BlockPlan, seen: Inputs, pinned: str | None) 
             found.append(whole)
             if whole.runs == "original":
                 continue
-        both = {call.layer: call for call in part.calls if call.op == "conv_backward_sums"}
-        for call in part.calls:
-            if call.op == "conv_backward_sums":
-                continue
-            fused = both.get(call.layer) if call.op == "conv_backward" and pinned is None else None
-            found.append(_step(part, fused if fused is not None and _runs_fused(fused) else call, pinned))
+        found += [_step(part, call, pinned) for call in part.calls]
     return found
-
-
-def _runs_fused(call: Call) -> bool:
-    """Whether ``conv_backward_sums`` runs as one, as ``dispatch.fused_sums`` would decide."""
-    choice = dispatch.tuned(call.op, **call.arguments)
-    if choice is not None:
-        return choice.backend != PARTS
-    g = call.arguments["g"]
-    return dispatch.hook("conv_backward", "sums", g.device, g.dtype) is not None

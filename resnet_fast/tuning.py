@@ -29,7 +29,7 @@ from . import functional as f
 from .dispatch import OPS, PARTS, Choice
 from .fuse import blocks, undisturbed
 from .plan import Opaque
-from .schedule import Call, Part, describe, inputs, parts
+from .schedule import Call, Part, apart, describe, inputs, parts
 from .tables import Candidate, Row, Signature
 
 __all__ = ["Report", "TuningWarning", "warmup"]
@@ -237,27 +237,23 @@ class _Tuner:
             if len(close) > 1:  # they were not all measured in one race
                 race({text: functions[text] for text in close if text in functions})
             found = {text: c for text, c in found.items() if c.seconds < math.inf}
-            if op == "conv_backward_sums" and call.sums is not None:
-                took = self._apart(call, arguments)
-                found[PARTS] = Candidate(PARTS, None, took)
+            if op == "conv_backward_sums":
+                found[PARTS] = Candidate(PARTS, None, self._apart(call, arguments))
         if not found:
             return None
         return Row(call.signature, tuple(sorted(found.values(), key=lambda c: c.seconds)), "warmup")
 
     def _apart(self, call: Call, arguments: dict[str, Any]) -> float:
         """Seconds of ``conv_backward``, each way at its best, and of ``bn_backward_sums`` behind it."""
+        plain = apart(call._replace(arguments=arguments)).arguments
         x = arguments["x"]
-        names = OPS["conv_backward"].signature.parameters
-        plain = {name: value for name, value in arguments.items() if name in names} | {"needs_x": True}
-        if not plain["needs_w"]:  # as functional.py has it: then x is looked at for its size alone
-            plain |= {"scale": None, "shift": None}
         sums = {"dz": x, "y": x, "mean": arguments["xmean"], **{n: arguments[n] for n in ("scale", "shift")}}
 
-        def apart() -> None:
+        def in_parts() -> None:
             OPS["conv_backward"](**plain)
             OPS["bn_backward_sums"](**sums)
 
-        return self.race({PARTS: apart})[PARTS]
+        return self.race({PARTS: in_parts})[PARTS]
 
     def block(self, part: Part) -> Row | None:
         """A training step of a block, fused by what the table now says, against the same in plain torch."""
@@ -355,10 +351,14 @@ def _shape(signature: Signature) -> str:
 # ---- a model
 
 
-def _fusable(call: Call) -> bool:
-    """Whether a backend has this op in one; its definition is its parts in plain torch."""
-    g: Tensor = call.arguments["g"]
-    return any(why is None for name, why in dispatch.reasons(call.op, g.device, g.dtype).items() if name != "torch")
+def _never(*_: Any, **__: Any) -> bool:
+    return False
+
+
+def _fusable(g: Tensor, *_: Any, **__: Any) -> bool:
+    """Whether a backend has ``conv_backward_sums`` in one; its definition is its parts in plain torch."""
+    reasons = dispatch.reasons("conv_backward_sums", g.device, g.dtype)
+    return any(why is None for name, why in reasons.items() if name != "torch")
 
 
 def _work(
@@ -373,13 +373,16 @@ def _work(
     for _, module, plan, pinned in blocks(model):
         if pinned is not None:
             continue  # it runs on that backend, whatever is faster
-        for part in parts(module, plan, seen):
-            device = part.x.device
-            for call in part.calls:
-                if call.op != "conv_backward_sums" or _fusable(call):
+        # With sums taken apart everywhere, and in one wherever a backend has that: every call that any choice leads to.
+        for fuses in (_never, _fusable):
+            for part in parts(module, plan, seen, fuses):
+                device = part.x.device
+                for call in part.calls:
                     calls.setdefault(call.signature, call)
-            if part.signature is not None:
-                whole.setdefault(part.signature, part)
+                    if call.op == "conv_backward_sums":
+                        calls.setdefault(apart(call).signature, apart(call))
+                if part.signature is not None:
+                    whole.setdefault(part.signature, part)
     # conv_backward_sums is measured against its parts at their best: they come first.
     return dict(sorted(calls.items(), key=lambda item: item[0].op == "conv_backward_sums")), whole, device
 

@@ -106,7 +106,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def hopper(device: torch.device) -> bool:
-    """Whether the GPU is of compute capability 9.0 or newer: more shared memory, wgmma, TMA. The interpreter has all."""
+    """Whether it is a GPU of compute capability 9.0 or newer: more shared memory, wgmma, TMA; so is the interpreter."""
     return INTERPRETED if device.type == "cpu" else torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -56,8 +56,8 @@ def conv_descriptor_kernel(
 ):
     """y[npq, k] = sum over c of a[npq, c] * w[k, c]; a = relu(x * scale + shift), or x itself; and the statistics of y
 
-    Shapes    x (NPQ, C), w (K, C) descriptors of BLOCK_NPQ x BLOCK_C and BLOCK_K x BLOCK_C; y (NPQ, K); scale, shift (C,)
-              fp32; workspace (3, groups, K) fp32
+    Shapes    x (NPQ, C), w (K, C) descriptors of BLOCK_NPQ x BLOCK_C and BLOCK_K x BLOCK_C; y (NPQ, K);
+              scale, shift (C,) fp32; workspace (3, groups, K) fp32
     Tiles     as conv_fprop
     Traffic   as conv_fprop
     Numerics  as conv_fprop
@@ -113,7 +113,7 @@ def conv_descriptor(
     eps: float,
     tile: Config,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What ``conv_stats`` returns; operands are checked, channels-last, not empty, and begin at multiples of 16 bytes."""
+    """What ``conv_stats`` returns; operands are checked, channels-last, not empty, at multiples of 16 bytes."""
     npq, c, k = geometry.NPQ, geometry.C, geometry.K
     k_blocks = triton.cdiv(k, tile.columns)
     tiles_per_group, groups = grouped(triton.cdiv(npq, tile.rows), k_blocks, tile, x.device)
