@@ -31,8 +31,9 @@ from tests.tolerance import assert_all_close, assert_same_bits, eager, reference
 
 BY_NAME = {case.name: case for case in TINY + NASTY}
 # The package holds functions of the names of two of its modules.
-FPROP, DGRAD, WGRAD, POINTWISE = (
-    importlib.import_module(f"resnet_fast.backends.triton.conv_{d}") for d in ("fprop", "dgrad", "wgrad", "pointwise")
+FPROP, DGRAD, WGRAD, POINTWISE, DESCRIPTOR = (
+    importlib.import_module(f"resnet_fast.backends.triton.conv_{d}")
+    for d in ("fprop", "dgrad", "wgrad", "pointwise", "descriptor")
 )
 OPS = ("conv_stats", "conv_backward_sums", "conv_backward")
 
@@ -271,8 +272,9 @@ def test_variance_beside_a_large_mean() -> None:
 def records() -> list[Record]:
     """Every kernel in every configuration of the tables, for every architecture."""
     found: list[Record] = []
-    # Without TF32 there are no tensor cores, and one program for all GPUs.
-    for process in [*(start(arch, *OPS) for arch in SHARED), start(90, "--ieee", *OPS)]:
+    # Without TF32 there are no tensor cores, and long programs: of the older GPU one shape.
+    ieee = [start(90, "--ieee", *OPS), start(80, "--ieee", "--shape", "1x1", *OPS)]
+    for process in [*(start(arch, *OPS) for arch in SHARED), *ieee]:
         out, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors[-2000:]
         found += map(json.loads, out.splitlines())
@@ -293,8 +295,7 @@ def test_every_tile_is_compiled(records: list[Record]) -> None:
     modules: dict[str, ModuleType] = {"fprop": FPROP, "dgrad": DGRAD, "wgrad": WGRAD}
     for arch, (name, module) in product(SHARED, modules.items()):
         found = {tile_of(r) for r in records if r["kernel"] == f"conv_{name}_kernel" and r["arch"] == arch}
-        absent = {"interpreted"} if arch == 90 else {"interpreted", "ieee"}
-        wanted = {key: tile[:5] for key, tile in module.CONFIGS.items() if key not in absent}
+        wanted = {key: tile[:5] for key, tile in module.CONFIGS.items() if key != "interpreted"}
         assert found == set(wanted.values()), f"{name}, sm_{arch}"
     kinds = {(r["kernel"], r["arch"], r["constants"]["R"], r["constants"]["STRIDE"]) for r in records}
     assert len(kinds) == len(modules) * len(SHARED) * 4
@@ -315,6 +316,29 @@ def test_tensor_cores_are_fed_asynchronously(records: list[Record]) -> None:
         assert ("wgmma.mma_async" if r["arch"] == 90 else "mma.sync") in ptx, name_of(r)
         assert ("tf32" in ptx) == (r["dtype"] == "float32"), name_of(r)
         assert "cp.async" in ptx or r["shape"] == "odd", name_of(r)
+
+
+@pytest.fixture(scope="module")
+def candidates() -> list[Record]:
+    """What a table may choose for an expanding 1x1 of stage 1, the layer with the most to choose from, on sm_90."""
+    process = start(90, "--ways", "--shape", "1x1_expand", "conv_stats", "conv_backward_sums")
+    out, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors[-2000:]
+    return list(map(json.loads, out.splitlines()))
+
+
+@pytest.mark.slow
+def test_candidates_neither_spill_nor_wait(candidates: list[Record]) -> None:
+    """Both gradients in one kernel, and descriptors (TMA), beside the tiles that are not the usual ones."""
+    test_nothing_spills_and_everything_fits(candidates)
+    test_tensor_cores_are_fed_asynchronously(candidates)
+    found = {r["kernel"]: " ".join(r["ptx"]) for r in candidates}
+    assert found.keys() > {"conv_pointwise_backward_kernel", "conv_descriptor_kernel"}
+    assert "cp.async.bulk.tensor" in found["conv_descriptor_kernel"]
+    tiles = {tile_of(r) for r in candidates if r["kernel"] == "conv_descriptor_kernel"}
+    assert tiles == {tile[:5] for key, tile in DESCRIPTOR.CONFIGS.items() if key != "interpreted"}
+    rows = {r["constants"]["BLOCK_NPQ"] for r in candidates if r["kernel"] == "conv_pointwise_backward_kernel"}
+    assert rows == {32, 64}
 
 
 # ---- and a network that learns by them
