@@ -83,7 +83,7 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     """The :data:`Timer`: the mean of so many calls that they last some milliseconds."""
     if device.type != "cuda":
         calls, start = 0, time.perf_counter()
-        while calls < 2 or (time.perf_counter() - start < 0.02 and calls < 100):
+        while calls == 0 or (time.perf_counter() - start < 0.02 and calls < 100):
             function()
             calls += 1
         return (time.perf_counter() - start) / calls
