@@ -13,6 +13,7 @@ from .functional import LayoutWarning
 from .fuse import FuseError, explain, fuse, fused, register_block, unfuse
 from .modules import BasicBlock, Bottleneck, ConvBnAct2d, Stem
 from .plan import BlockPlan, ConvBnPath, Opaque
+from .tuning import warmup
 
 __version__ = "0.1.0"
 
@@ -37,4 +38,5 @@ __all__ = [
     "register_block",
     "unfuse",
     "use_backend",
+    "warmup",
 ]

@@ -6,6 +6,9 @@ implementation that picks a backend, and a fake (the definition on fake tensors)
 A backend is a module with functions named like ops and one predicate ``why_not(op, device, dtype)``: None, or the
 reason why it cannot run this op there. The first backend of ``BACKENDS`` that can, runs; the definition ("torch") is
 last. ``with use_backend("native"):`` allows that one alone and raises with every reason where it cannot.
+
+Where the op, at this shape, was measured (:mod:`resnet_fast.tables`, filled by ``resnet_fast.warmup``), the fastest way
+comes before that order. Nothing is measured here: a look at a dictionary, and none where there are no rows.
 """
 
 from __future__ import annotations
@@ -16,25 +19,39 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import tables
+from .tables import Candidate, Row, Signature
+
 __all__ = [
     "BACKENDS",
     "OPS",
+    "PARTS",
+    "SIGNATURES",
     "BackendError",
     "Choice",
     "Op",
+    "Table",
+    "add_rows",
+    "assume",
     "choose",
     "forced_backend",
+    "forget",
+    "fused_sums",
     "hook",
     "op",
+    "originals",
     "prepare",
     "reasons",
+    "resolve",
+    "table",
+    "tuned",
     "use_backend",
 ]
 
@@ -80,7 +97,8 @@ class Op:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         lead: Tensor = args[0]
-        function = choose(self.name, lead.device, lead.dtype).function
+        choice = tuned(self.name, *args, **kwargs) if self.name in SIGNATURES else None
+        function = (choice or choose(self.name, lead.device, lead.dtype)).function
         if torch.is_autocast_enabled(lead.device.type):
             # Casting was decided before the op was called: a library convolution inside must not cast again.
             with torch.autocast(lead.device.type, enabled=False):
@@ -188,7 +206,209 @@ def prepare(
     return lay_out(w, list(x.shape), stride, padding, dilation, groups)
 
 
-def hook(op_name: str, suffix: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """``<op>_<suffix>`` of the backend that runs ``op_name`` there and now, or None where it offers no such thing."""
-    choice = choose(op_name, device, dtype)
+def hook(op_name: str, suffix: str, device: torch.device, dtype: torch.dtype, choice: Choice | None = None) -> Any:
+    """``<op>_<suffix>`` of the backend that runs ``op_name`` there and now, or None where it offers no such thing.
+
+    ``choice``: what ``tuned`` says of the call in question, which comes before the order of backends.
+    """
+    choice = choice or choose(op_name, device, dtype)
     return None if choice.backend == "torch" else getattr(backend(choice.backend), f"{op_name}_{suffix}", None)
+
+
+# ---- what was measured ------------------------------------------------------------------------------------------
+
+#: In place of a backend's name, for an op that does what others do one after the other: those others, each by its row.
+PARTS = "parts"
+
+Sizes = Iterable[int]
+
+
+def _conv(x: Tensor, w: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> tuple[Any, Any]:
+    return tuple(x.shape), ((tuple(w.shape), tuple(stride), tuple(padding), tuple(dilation), groups),)
+
+
+def _conv_stats(
+    x: Tensor,
+    w: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    scale: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> Signature:
+    return Signature("conv_stats", x.dtype, *_conv(x, w, stride, padding, dilation, groups), (scale is not None,))
+
+
+def _conv_backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    needs_x: bool,
+    needs_w: bool,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    y: Tensor | None = None,
+    mean: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    gscale: Tensor | None = None,
+    gshift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Signature:
+    flags = (needs_x, needs_w, scale is not None, y is not None, gscale is not None, residual is not None)
+    return Signature("conv_backward", x.dtype, *_conv(x, w, stride, padding, dilation, groups), flags)
+
+
+def _conv_backward_sums(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    needs_w: bool,
+    xmean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    y: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> Signature:
+    flags = (needs_w, y is not None)
+    return Signature("conv_backward_sums", x.dtype, *_conv(x, w, stride, padding, dilation, groups), flags)
+
+
+#: Ops whose choice depends on the shape: from an op's arguments, in its own order, what its rows are found by.
+SIGNATURES: dict[str, Callable[..., Signature]] = {
+    "conv_stats": _conv_stats,
+    "conv_backward": _conv_backward,
+    "conv_backward_sums": _conv_backward_sums,
+}
+
+
+class Table(NamedTuple):
+    """What is known of one device. ``unable``: rows whose fastest candidate cannot run here and now, and why."""
+
+    rows: dict[Signature, Row]
+    choices: dict[Signature, Choice]
+    originals: dict[Signature, str]  # blocks that are faster as they were, and how that was found
+    unable: dict[Signature, str]
+
+
+_tables: dict[torch.device, Table] = {}
+_NO_ROWS: Mapping[Any, Any] = MappingProxyType({})
+
+
+def resolve(signature: Signature, candidate: Candidate, device: torch.device) -> Choice | str:
+    """What runs ``candidate``, or why it cannot run here."""
+    name, config = candidate.backend, candidate.config
+    if name == PARTS or name == "torch":
+        return Choice(name, OPS[signature.op].definition)
+    if name not in BACKENDS:
+        return f"no backend of the name {name!r}"
+    reason = _why_not(name, signature.op, device, signature.dtype)
+    if reason is not None:
+        return reason
+    if config is None:
+        return Choice(name, getattr(backend(name), signature.op))
+    try:
+        return Choice(name, backend(name).configured(signature.op, config))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"{name} has no configuration {config!r} ({error})"
+
+
+def add_rows(device: torch.device, rows: Iterable[Row]) -> None:
+    """From now on the fastest candidate of each row runs on ``device``."""
+    known = _tables.get(device) or Table({}, {}, {}, {})
+    # Replaced as a whole, so that threads may go on reading.
+    new = Table(dict(known.rows), dict(known.choices), dict(known.originals), dict(known.unable))
+    for row in rows:
+        signature, best = row.signature, row.candidates[0]
+        new.rows[signature] = row
+        new.choices.pop(signature, None)
+        new.originals.pop(signature, None)
+        new.unable.pop(signature, None)
+        if signature.op == "block":
+            if best.backend == "original":
+                other = next((c.seconds for c in row.candidates if c.backend != "original"), best.seconds)
+                new.originals[signature] = (
+                    f"measured: {other / best.seconds:.2f}x as fast as it was, on {tables.device_name(device)}"
+                )
+            continue
+        choice = resolve(signature, best, device)
+        if isinstance(choice, Choice):
+            new.choices[signature] = choice
+        else:
+            new.unable[signature] = choice
+    _tables[device] = new
+
+
+def table(device: torch.device) -> Table:
+    """What is known of ``device``: read from its files at the first call."""
+    known = _tables.get(device)
+    if known is None:
+        add_rows(device, tables.load(device).values())
+        known = _tables[device]
+    return known
+
+
+def forget(device: torch.device | None = None) -> None:
+    """Drop what is known, of one device or of all: the files are read again."""
+    if device is None:
+        _tables.clear()
+    else:
+        _tables.pop(device, None)
+
+
+def tuned(op_name: str, *args: Any, **kwargs: Any) -> Choice | None:
+    """The fastest way to run this call, if it was measured; never under ``use_backend``, which asks for another."""
+    device = (args[0] if args else next(iter(kwargs.values()))).device
+    choices = (_tables.get(device) or table(device)).choices
+    if not choices or _forced.get() is not None:
+        return None
+    return choices.get(SIGNATURES[op_name](*args, **kwargs))
+
+
+_assumed: contextvars.ContextVar[Callable[..., bool] | None] = contextvars.ContextVar(
+    "resnet_fast_assumed", default=None
+)
+
+
+@contextlib.contextmanager
+def assume(decide: Callable[..., bool]) -> Iterator[None]:
+    """Inside, ``decide(*args, **kwargs)`` says whether ``fused_sums`` fuses, and the op itself is what it returns."""
+    token = _assumed.set(decide)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def fused_sums(*args: Any, **kwargs: Any) -> Callable[..., Any] | None:
+    """What runs ``conv_backward_sums`` of these arguments; None where ``conv_backward`` and the sums shall run apart.
+
+    Without a row that follows from the backend that runs ``conv_backward``: where it offers both in one, it is asked.
+    """
+    decide = _assumed.get()
+    if decide is not None:
+        return OPS["conv_backward_sums"] if decide(*args, **kwargs) else None
+    choice = tuned("conv_backward_sums", *args, **kwargs)
+    if choice is not None:
+        return None if choice.backend == PARTS else choice.function
+    g: Tensor = args[0]
+    return hook("conv_backward", "sums", g.device, g.dtype)
+
+
+def originals(device: torch.device) -> Mapping[Signature, str]:
+    """Blocks that were measured to be faster unfused on ``device``, each with the reason to give."""
+    if _forced.get() is not None:
+        return _NO_ROWS
+    return (_tables.get(device) or table(device)).originals

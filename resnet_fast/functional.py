@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .dispatch import forced_backend, hook, use_backend
+from .dispatch import forced_backend, fused_sums, hook, tuned, use_backend
 
 __all__ = [
     "ConvBn",
@@ -307,7 +307,8 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor]:
     """``ops.conv_backward``. ``residual``, and ``g`` if ``disposable``, may be written over where the backend can."""
     if (residual is not None or disposable) and not torch.compiler.is_compiling():
-        into = hook("conv_backward", "into", g.device, g.dtype)
+        choice = tuned("conv_backward", g, *args, **lazy, residual=residual)
+        into = hook("conv_backward", "into", g.device, g.dtype, choice)
         if into is not None:
             return into(g, *args, **lazy, residual=residual, disposable=disposable)
     return ops.conv_backward(g, *args, **lazy, residual=residual)
@@ -382,10 +383,11 @@ class _Backward:
         previous, relu = self.layers[before], self.static.relu[before]
         fused = None
         if needs_x and relu and not mask and self.needs_sums(before) and not torch.compiler.is_compiling():
-            fused = hook("conv_backward", "sums", dz.device, dz.dtype)
-        if fused is not None:
             affine = previous.mean, previous.scale, previous.shift
-            dx, dw, *both = fused(dz, previous.y, layer.w, *self.static.conv(i), needs_w, *affine, **gradient)
+            arguments = dz, previous.y, layer.w, *self.static.conv(i), needs_w, *affine
+            fused = fused_sums(*arguments, **gradient)
+        if fused is not None:
+            dx, dw, *both = fused(*arguments, **gradient)
             if needs_w:
                 self.grads[_PER_LAYER * i] = dw
             return dx, (), (both[0], both[1])

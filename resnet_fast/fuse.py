@@ -12,13 +12,13 @@ import contextlib
 import copy
 import copyreg
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import adapters, dispatch
+from . import adapters, dispatch, schedule
 from .folding import FoldCache, Program
 from .plan import (
     BlockPlan,
@@ -364,6 +364,13 @@ class Row(NamedTuple):
     status: str
     reason: str
     block: bool  # a block or sequence, not a lone convolution or norm
+    steps: tuple[schedule.Step, ...] = ()  # of its convolutions in training, where an input shape was given
+
+
+def _aligned(cells: list[tuple[str, str, str, str]]) -> list[str]:
+    """Lines of four columns, of which the last may be of any width."""
+    widths = [max((len(row[i]) for row in cells), default=0) for i in range(3)]
+    return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in cells]
 
 
 class Explanation(list[Row]):
@@ -377,13 +384,14 @@ class Explanation(list[Row]):
         title = f"{counts['fused']} {head}, {counts['partly']} partly, {counts['not']} not"
         if not self:
             return "nothing to fuse: no convolution, batch norm or block that an adapter knows"
-        cells = [("name", "kind", "status", "reason")]
-        cells += [(row.name or "(root)", row.kind, row.status, row.reason) for row in self]
-        widths = [max(len(row[i]) for row in cells) for i in range(3)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in cells
-        ]
-        return "\n".join([title, *lines])
+        head_line, *lines = _aligned(
+            [("name", "kind", "status", "reason"), *((r.name or "(root)", r.kind, r.status, r.reason) for r in self)]
+        )
+        details = iter(_aligned([(s.layer, s.direction, s.runs, s.reason) for row in self for s in row.steps]))
+        text = [title, head_line]
+        for row, line in zip(self, lines, strict=True):
+            text += [line, *("    " + next(details) for _ in row.steps)]
+        return "\n".join(text)
 
     __repr__ = __str__
 
@@ -404,19 +412,56 @@ def _row(candidate: _Candidate) -> Row:
     return Row(name, kind, "partly" if partly else "fused", what, True)
 
 
-def explain(model: nn.Module) -> Explanation:
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """A forward inside leaves no word of itself: what the last call did, for explain(), is what it was before."""
+    states = [(state, state.refusal) for m in model.modules() if (state := _state(m)) is not None]
+    try:
+        yield
+    finally:
+        for state, refusal in states:
+            state.refusal = refusal
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, BlockPlan, str | None]]:
+    """Every block and chain that is fused, or would be: its name, module, plan, and the backend it is pinned to."""
+    for name, module, plan, _, _ in _candidates(model):
+        state = _state(module)
+        for part in _parts(plan) if plan is not None else ():
+            yield name, module, part, state.backend if state else None
+
+
+def explain(
+    model: nn.Module, input_shape: Sequence[int] | None = None, *, dtype: torch.dtype | None = None
+) -> Explanation:
     """What of ``model`` is fused and why the rest is not; before fuse(): what would be.
 
+    Args:
+        model: any module; nothing in it is changed.
+        input_shape: (N, C, H, W) of an image that the model trains on. Each row then has ``.steps``: what runs every
+            convolution, forward and backward, and why: measured (see :func:`resnet_fast.warmup`), or the order of
+            backends. The model's forward runs once, on fake tensors. Under autocast it is asked for autocast's dtype.
+        dtype: of that image; None: that of the model's parameters.
+
     Returns rows with ``.name``, ``.kind``, ``.status`` ("fused", "partly", "not") and ``.reason``; prints as a table.
-    Every convolution and batch norm is accounted for: in a row of its own, or within its block's. Nothing is changed.
+    Every convolution and batch norm is accounted for: in a row of its own, or within its block's.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
+    seen: schedule.Inputs = {}
+    if input_shape is not None:
+        with undisturbed(model):
+            seen = schedule.inputs(model, input_shape, dtype)
     answer = Explanation()
     answer.swapped = any(_state(m) is not None for m in model.modules())
     for candidate in _candidates(model):
         row = _row(candidate)
         if answer.swapped and candidate.plan is not None and _state(candidate.module) is None:
             row = row._replace(status="not", reason="left alone by fuse() (filter_fn, or added later)")
+        state = _state(candidate.module)
+        if seen and candidate.plan is not None and (state is not None or not answer.swapped):
+            pinned = state.backend if state else None
+            found = [schedule.steps(candidate.module, part, seen, pinned) for part in _parts(candidate.plan)]
+            row = row._replace(steps=tuple(step for part in found for step in part))
         answer.append(row)
     return answer

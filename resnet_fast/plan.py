@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import functional as f
-from .dispatch import forced_backend, use_backend
+from .dispatch import forced_backend, originals, use_backend
 from .folding import FoldCache, Folded, Program, arithmetic, cast, folded_block
 from .inference import fused_block
+from .tables import Signature
 from .watch import Watch
 
 __all__ = [
@@ -28,7 +29,10 @@ __all__ = [
     "HostPlan",
     "Opaque",
     "Refusal",
+    "block_signature",
+    "collect",
     "find",
+    "pools",
     "program",
     "run",
     "run_unfused",
@@ -261,7 +265,7 @@ def _pool(module: nn.Module, plan: BlockPlan) -> tuple[nn.Module | None, bool]:
     return m, same and not (m.return_indices or m.ceil_mode or watched or "forward" in m.__dict__)
 
 
-def _collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.ConvBn | None]:
+def collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.ConvBn | None]:
     """The block's layers and its projection. Raises Refusal where the plan does not hold at this moment."""
     layers = [_conv_bn(module, paths) for paths in plan.layers]
     projection = None
@@ -279,10 +283,31 @@ def _collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.Conv
     return layers, projection
 
 
+def pools(module: nn.Module, plan: BlockPlan, layers: list[f.ConvBn]) -> bool:
+    """Whether the pooling behind a chain runs in one pass with it."""
+    return _pool(module, plan)[1] and layers[-1].relu
+
+
+def block_signature(
+    x: Tensor, layers: list[f.ConvBn], projection: f.ConvBn | None, plan: BlockPlan, pool: bool
+) -> Signature | None:
+    """What a whole block's row in a table is found by; None for what is not measured as a whole: frozen weights or
+    statistics, and statistics over several ranks.
+    """
+    every = [*layers, projection] if projection else layers
+    if not all(la.batch_stats and la.group is None and la.weight.requires_grad for la in every):
+        return None
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    shapes = tuple((tuple(la.weight.shape), la.stride, la.padding, la.dilation, la.groups) for la in every)
+    opaque = isinstance(plan.shortcut, Opaque)
+    flags = (plan.shortcut == "identity", opaque, projection is not None, pool, x.requires_grad)
+    return Signature("block", dtype, tuple(x.shape), shapes, flags)
+
+
 def why_not_now(module: nn.Module, plan: BlockPlan) -> str | None:
     """Why the block would not run fused if it were called now, or None. What depends on the input is not known here."""
     try:
-        layers, projection = _collect(module, plan)
+        layers, projection = collect(module, plan)
     except Refusal as refusal:
         return str(refusal)
     for layer in (*layers, *([projection] if projection else [])):
@@ -382,9 +407,14 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
         situation = _situation(module, x, handed)
         folded = cache.recall(situation)
     if folded is None:
-        layers, projection = _collect(module, plan)
+        layers, projection = collect(module, plan)
         every = [*layers, projection] if projection else layers
         _check_input(x, every, handed.dtype)
+        faster = originals(x.device)
+        if faster and _needs_grad(x, None, every):
+            signature = block_signature(x, layers, projection, plan, pools(module, plan, layers))
+            if signature is not None and signature in faster:
+                raise Refusal(faster[signature])
     if isinstance(plan.shortcut, Opaque):
         x, handed = narrow(x, handed), handed._replace(dtype=None)
         residual = find(module, plan.shortcut.path)(x)
@@ -405,7 +435,7 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
             if handed.inside:
                 return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
             return cast(z, dtype), _OUTSIDE
-        layers, projection = _collect(module, plan)
+        layers, projection = collect(module, plan)
     x = narrow(x, handed)
     identity = plan.shortcut == "identity"
     pool, known = _pool(module, plan)

@@ -43,6 +43,8 @@ CONV_SHAPES = {
     "3x3_wide": (Case("3x3_wide", 1, 256, 14, 14, 256, 3, 1, 1), (torch.bfloat16,)),
     "odd": (Case("odd", 1, 36, 13, 13, 70, 3, 1, 1), (torch.float16,)),
 }
+#: Triton's names of storage types.
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
 
 
 class Instance:
@@ -63,9 +65,10 @@ class Instance:
             self.constants[parameter.name] = value
             kind = "constexpr"
         elif isinstance(value, torch.Tensor):
-            names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
-            kind = f"*{names[value.dtype]}"
+            kind = f"*{NAMES[value.dtype]}"
             aligned = value.data_ptr() % 16 == 0
+        elif type(value).__name__ == "TensorDescriptor":
+            kind = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             kind = "fp32"
         else:
@@ -111,6 +114,33 @@ def instances(ops: Iterable[str], only: Iterable[str] = (), ieee: bool = False) 
                     for launch in launches:
                         instance = Instance(op, shape, dtype, launch)
                         if instance.key not in seen:
+                            seen.add(instance.key)
+                            yield instance
+
+
+def instances_of_ways(ops: Iterable[str], only: Iterable[str], arch: int) -> Iterator[Instance]:
+    """Every distinct launch of convolutions in bfloat16 as a table may choose it on sm_``arch``."""
+    from resnet_fast.backends.triton import conv, conv_common, conv_descriptor, conv_pointwise, conv_ways
+    from resnet_fast.backends.triton.common import recorded
+
+    for module in (conv_common, conv_descriptor, conv_pointwise):
+        module.hopper = lambda device: arch >= 90  # type: ignore[attr-defined]
+    seen: set[str] = set()
+    for op in ops:
+        for variant in VARIANTS[op]:
+            for shape, (case, _) in CONV_SHAPES.items():
+                if shape not in (only or CONV_SHAPES) or shape == "odd":
+                    continue
+                kwargs = inputs(op, case, torch.bfloat16, variant=variant)
+                starts, axes = conv_ways.configurations(op, **kwargs)
+                ways = [*starts, *({**starts[0], axis: option} for axis, options in axes.items() for option in options)]
+                for way in ways:
+                    with recorded() as launches:
+                        conv.configured(op, way)(**kwargs)
+                    for launch in launches:
+                        instance = Instance(op, shape, torch.bfloat16, launch)
+                        kind = launch.kernel.fn.__name__
+                        if kind.startswith("conv_") and "finish" not in kind and instance.key not in seen:
                             seen.add(instance.key)
                             yield instance
 
@@ -167,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, required=True, help="80 or 90, for instance")
     parser.add_argument("--shape", action="append", default=[], help="of SHAPES or CONV_SHAPES; all, if not given")
+    parser.add_argument("--ways", action="store_true", help="of convolutions, everything that a table may choose")
     parser.add_argument("--ieee", action="store_true", help="float32 convolutions without TF32, and nothing else")
     parser.add_argument("ops", nargs="+")
     args = parser.parse_args()
@@ -175,7 +206,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.ieee:
         torch.backends.cudnn.allow_tf32 = False
-    for instance in instances(args.ops, args.shape, args.ieee):
+    for instance in (
+        instances_of_ways(args.ops, args.shape, args.arch) if args.ways else instances(args.ops, args.shape, args.ieee)
+    ):
         record = compiled(instance, args.arch)
         record["ptx"] = sorted(set(record["ptx"]))
         print(json.dumps(record), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: here, before any test file can import one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+#: A developer's own table (resnet_fast.warmup) is no part of the tests: there is none in this folder.
+os.environ["RESNET_FAST_CACHE"] = os.path.join(tempfile.gettempdir(), "resnet_fast_tests_have_no_table")
 
 
 @pytest.fixture(autouse=True, scope="session")

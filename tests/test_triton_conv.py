@@ -22,17 +22,18 @@ pytest.importorskip("triton")
 
 import resnet_fast
 from resnet_fast import ops
-from resnet_fast.backends.triton import common, conv
+from resnet_fast.backends.triton import common, conv, conv_ways
 from resnet_fast.backends.triton.conv_common import Geometry, unsupported
 from resnet_fast.models import BasicBlock, Bottleneck
-from tests.cases import NASTY, RESNET50, TINY, inputs
+from tests.cases import NASTY, RESNET50, TINY, VARIANTS, inputs
 from tests.test_triton_compile import SHARED, Record, start
-from tests.tolerance import assert_same_bits, reference
+from tests.tolerance import assert_all_close, assert_same_bits, eager, reference
 
 BY_NAME = {case.name: case for case in TINY + NASTY}
 # The package holds functions of the names of two of its modules.
-FPROP, DGRAD, WGRAD = (
-    importlib.import_module(f"resnet_fast.backends.triton.conv_{d}") for d in ("fprop", "dgrad", "wgrad")
+FPROP, DGRAD, WGRAD, POINTWISE, DESCRIPTOR = (
+    importlib.import_module(f"resnet_fast.backends.triton.conv_{d}")
+    for d in ("fprop", "dgrad", "wgrad", "pointwise", "descriptor")
 )
 OPS = ("conv_stats", "conv_backward_sums", "conv_backward")
 
@@ -90,7 +91,7 @@ def test_resnets_convolutions_are_ours_but_for_the_stem() -> None:
                     used["dgrad"].add(DGRAD.config(geometry, torch.bfloat16, lazy))
                     used["wgrad"].add(WGRAD.config(geometry, torch.bfloat16, lazy))
     for module, name in ((FPROP, "fprop"), (DGRAD, "dgrad"), (WGRAD, "wgrad")):
-        special = ("interpreted", "ieee", "tf32", "odd")
+        special = ("interpreted", "ieee", "ieee_lazy", "tf32", "odd")
         assert used[name] == {tile for key, tile in module.CONFIGS.items() if key not in special}
 
 
@@ -166,6 +167,82 @@ def test_every_pixel_of_small_images(size: tuple[int, int], r: int, stride: int)
     assert_same_bits(ours, ops.conv_backward_sums.definition(*arguments, False, *vectors))
 
 
+# ---- the ways that a table may choose
+
+
+def ways(op: str, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every beginning, and every option of every direction beside the usual ones."""
+    starts, axes = conv_ways.configurations(op, **kwargs)
+    found = list(starts)
+    for direction, options in axes.items():
+        found += [{**starts[0], direction: option} for option in options]
+    return [way for i, way in enumerate(found) if way not in found[:i]]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "name, dtype", [("1x1", torch.float32), ("3x3_2", torch.float32), ("K70", torch.float16)], ids=str
+)
+@pytest.mark.parametrize("op, variant", [(op, variant) for op in OPS for variant in VARIANTS[op]])
+def test_every_way_matches_float64(op: str, variant: str, name: str, dtype: torch.dtype) -> None:
+    """Fused, written out first, the library's, mixed, and both gradients in one kernel: one tolerance, equal bits."""
+    kwargs = inputs(op, BY_NAME[name], dtype, variant=variant)
+    found = ways(op, kwargs)
+    assert len(found) >= 2 and any("shared" in way for way in found) == (op != "conv_stats" and name != "3x3_2")
+    for way in found:
+        function = conv.configured(op, way)
+        ours = function(**kwargs)
+        assert_all_close(ours, reference(op, kwargs), eager(op, kwargs), f"{op} as {way}: output")
+        assert_same_bits(ours, function(**kwargs))
+
+
+@pytest.mark.parametrize(
+    "op, config, reason",
+    [
+        ("conv_stats", {"fprop": [1, 2, 3]}, "fprop: found"),
+        ("conv_stats", {"fprop": "fast"}, "fprop: found 'fast'"),
+        ("conv_stats", {"fprop": None}, "fprop: found None"),
+        ("conv_stats", {"fprop": [128, 128, 64, 8, 3, 2]}, "fprop: found"),
+        ("conv_stats", {"dgrad": "library"}, "no directions"),
+        ("conv_backward", {"shared": "library"}, "shared: found"),
+        ("conv_affine_act", {"fprop": "library"}, "no directions"),
+    ],
+)
+def test_unknown_ways_are_refused(op: str, config: dict[str, Any], reason: str) -> None:
+    """A table may come from anywhere: nothing but tiles of this version reaches the compiler."""
+    with pytest.raises(ValueError, match=reason):
+        conv.configured(op, config)
+
+
+def test_a_way_is_in_force_for_its_call_alone() -> None:
+    """And for its thread; a shape that cannot be shared is not."""
+    kwargs = inputs("conv_backward", BY_NAME["3x3"])
+    tile = list(POINTWISE.CONFIGS["interpreted"]._replace(columns=16, depth=16))
+    function = conv.configured("conv_backward", {"dgrad": "library", "wgrad": "library", "shared": tile})
+    with common.recorded() as launches:
+        function(**kwargs)
+    assert [launch.kernel.fn.__name__ for launch in launches] == []
+    assert conv_ways.way("dgrad") == conv_ways.USUAL
+    with pytest.raises(ValueError, match="g: found"):
+        function(**{**kwargs, "g": kwargs["g"][:1]})
+    assert conv_ways.way("dgrad") == conv_ways.USUAL
+    assert kernels("conv_backward", needs_w=False) == ["conv_dgrad_kernel"]
+
+
+def test_gradients_are_shared_where_dw_fits() -> None:
+    """Stage 1 of ResNet-50 has room for it; larger layers, 3x3 and strides have none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (POINTWISE, importlib.import_module("resnet_fast.backends.triton.conv_common")):
+            patch.setattr(module, "INTERPRETED", False)
+        fits = set()
+        for case in RESNET50:
+            geometry = Geometry(case.N, case.C, case.H, case.W, case.K, case.R, case.stride)
+            if POINTWISE.options(geometry, torch.bfloat16, torch.device("cpu")):
+                fits.add(case.name)
+            assert POINTWISE.options(geometry, torch.float32, torch.device("cpu")) == []
+    assert fits == {"s1_first_1x1", "s1_reduce_1x1", "s1_expand_1x1"}
+
+
 # ---- statistics
 
 
@@ -195,8 +272,9 @@ def test_variance_beside_a_large_mean() -> None:
 def records() -> list[Record]:
     """Every kernel in every configuration of the tables, for every architecture."""
     found: list[Record] = []
-    # Without TF32 there are no tensor cores, and one program for all GPUs.
-    for process in [*(start(arch, *OPS) for arch in SHARED), start(90, "--ieee", *OPS)]:
+    # Without TF32 there are no tensor cores, and long programs: of the older GPU one shape.
+    ieee = [start(90, "--ieee", *OPS), start(80, "--ieee", "--shape", "1x1", *OPS)]
+    for process in [*(start(arch, *OPS) for arch in SHARED), *ieee]:
         out, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors[-2000:]
         found += map(json.loads, out.splitlines())
@@ -217,8 +295,7 @@ def test_every_tile_is_compiled(records: list[Record]) -> None:
     modules: dict[str, ModuleType] = {"fprop": FPROP, "dgrad": DGRAD, "wgrad": WGRAD}
     for arch, (name, module) in product(SHARED, modules.items()):
         found = {tile_of(r) for r in records if r["kernel"] == f"conv_{name}_kernel" and r["arch"] == arch}
-        absent = {"interpreted"} if arch == 90 else {"interpreted", "ieee"}
-        wanted = {key: tile[:5] for key, tile in module.CONFIGS.items() if key not in absent}
+        wanted = {key: tile[:5] for key, tile in module.CONFIGS.items() if key != "interpreted"}
         assert found == set(wanted.values()), f"{name}, sm_{arch}"
     kinds = {(r["kernel"], r["arch"], r["constants"]["R"], r["constants"]["STRIDE"]) for r in records}
     assert len(kinds) == len(modules) * len(SHARED) * 4
@@ -239,6 +316,29 @@ def test_tensor_cores_are_fed_asynchronously(records: list[Record]) -> None:
         assert ("wgmma.mma_async" if r["arch"] == 90 else "mma.sync") in ptx, name_of(r)
         assert ("tf32" in ptx) == (r["dtype"] == "float32"), name_of(r)
         assert "cp.async" in ptx or r["shape"] == "odd", name_of(r)
+
+
+@pytest.fixture(scope="module")
+def candidates() -> list[Record]:
+    """What a table may choose for an expanding 1x1 of stage 1, the layer with the most to choose from, on sm_90."""
+    process = start(90, "--ways", "--shape", "1x1_expand", "conv_stats", "conv_backward_sums")
+    out, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors[-2000:]
+    return list(map(json.loads, out.splitlines()))
+
+
+@pytest.mark.slow
+def test_candidates_neither_spill_nor_wait(candidates: list[Record]) -> None:
+    """Both gradients in one kernel, and descriptors (TMA), beside the tiles that are not the usual ones."""
+    test_nothing_spills_and_everything_fits(candidates)
+    test_tensor_cores_are_fed_asynchronously(candidates)
+    found = {r["kernel"]: " ".join(r["ptx"]) for r in candidates}
+    assert found.keys() > {"conv_pointwise_backward_kernel", "conv_descriptor_kernel"}
+    assert "cp.async.bulk.tensor" in found["conv_descriptor_kernel"]
+    tiles = {tile_of(r) for r in candidates if r["kernel"] == "conv_descriptor_kernel"}
+    assert tiles == {tile[:5] for key, tile in DESCRIPTOR.CONFIGS.items() if key != "interpreted"}
+    rows = {r["constants"]["BLOCK_NPQ"] for r in candidates if r["kernel"] == "conv_pointwise_backward_kernel"}
+    assert rows == {32, 64}
 
 
 # ---- and a network that learns by them

@@ -19,7 +19,9 @@ from .bn_act import (
     bn_stats,
 )
 from .common import unable
-from .conv import conv_affine_act, conv_backward, conv_backward_sums, conv_dgrad, conv_stats, conv_wgrad
+from .conv import configured, conv_affine_act, conv_backward, conv_backward_sums, conv_dgrad, conv_stats, conv_wgrad
+from .conv_ways import configurations
+from .conv_ways import why_unsupported as unsupported
 from .stem import affine_act_maxpool, maxpool_backward_apply, maxpool_backward_sums
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "bn_backward_sums",
     "bn_finalize",
     "bn_stats",
+    "configurations",
+    "configured",
     "conv_affine_act",
     "conv_backward",
     "conv_backward_sums",
@@ -40,10 +44,12 @@ __all__ = [
     "conv_wgrad",
     "maxpool_backward_apply",
     "maxpool_backward_sums",
+    "unsupported",
     "why_not",
 ]
+_OPS = frozenset(__all__) - {"configurations", "configured", "unsupported", "why_not"}
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None where these kernels can run ``op``, else the reason."""
-    return unable(device, dtype) or (None if op in __all__ else f"has no {op}")
+    return unable(device, dtype) or (None if op in _OPS else f"has no {op}")

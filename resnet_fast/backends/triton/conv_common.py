@@ -88,10 +88,26 @@ def unsupported(
     return None
 
 
+def geometry_of(
+    x_size: list[int], w_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Geometry | None:
+    """The geometry if our kernels have it and there is something to compute; None for the library."""
+    if len(x_size) != 4 or len(w_size) != 4 or unsupported(x_size, w_size, stride, padding, dilation, groups):
+        return None
+    n, c, h, width = x_size
+    geometry = Geometry(n, c, h, width, w_size[0], w_size[2], stride[0])
+    return None if geometry.NPQ * geometry.C * geometry.K == 0 else geometry
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at a time; few for the interpreter, so that each gets several tiles, as on a GPU."""
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 9.0 or newer: more shared memory, wgmma, TMA; so is the interpreter."""
+    return INTERPRETED if device.type == "cpu" else torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -111,6 +127,14 @@ def plain_tile(geometry: Geometry, dtype: torch.dtype) -> str | None:
     if dtype == torch.float32:
         return precision(dtype)
     return "odd" if geometry.C % 16 or geometry.K % 16 else None
+
+
+def options_of(
+    configs: dict[str, Config], names: list[str], geometry: Geometry, dtype: torch.dtype, usual: Config
+) -> list[Config]:
+    """Tiles to choose from by measuring: ``usual``, then those of ``names`` where shapes have tiles of their own."""
+    others = [] if plain_tile(geometry, dtype) else [configs[name] for name in names]
+    return [usual, *(tile for tile in others if tile != usual)]
 
 
 def grouped(tiles: int, blocks: int, tile: Config, device: torch.device) -> tuple[int, int]:

@@ -15,13 +15,24 @@ from torch import Tensor
 
 from .bn_act import finish_sums
 from .common import affine, channels, launch, where_active
-from .conv_common import Config, Geometry, Gradient, grouped, halves, image, load_gradient, plain_tile, precision
+from .conv_common import (
+    Config,
+    Geometry,
+    Gradient,
+    grouped,
+    halves,
+    image,
+    load_gradient,
+    options_of,
+    plain_tile,
+    precision,
+)
 
 # rows: pixels of dx; columns: channels of dx (C); depth: channels of dy (K). A lazy gradient has two tiles to load per
 # step where a plain one has one, and both in fp32 at once: half the depth, for the same registers.
 CONFIGS: dict[str, Config] = {
     "interpreted": Config(rows=256, columns=128, depth=128, warps=4, stages=1, per_sm=1),
-    "ieee": Config(rows=64, columns=64, depth=16, warps=8, stages=3, per_sm=2),
+    "ieee": Config(rows=64, columns=64, depth=16, warps=8, stages=2, per_sm=2),
     "tf32": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
     "odd": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
     "narrow_1x1": Config(rows=128, columns=64, depth=32, warps=4, stages=4, per_sm=2),
@@ -36,6 +47,12 @@ def config(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> Config:
     if geometry.C <= 64:
         return CONFIGS[plain_tile(geometry, dtype) or f"narrow_{geometry.R}x{geometry.R}"]
     return CONFIGS[plain_tile(geometry, dtype) or ("wide_lazy" if lazy else "wide")]
+
+
+def options(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> list[Config]:
+    """The tiles that may serve this shape, the usual one first."""
+    names = ["narrow_1x1", "narrow_3x3", *(["wide_lazy", *([] if lazy else ["wide"])] if geometry.C > 64 else [])]
+    return options_of(CONFIGS, names, geometry, dtype, config(geometry, dtype, lazy))
 
 
 @triton.jit
@@ -233,9 +250,10 @@ def conv_dgrad(
     xmean: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    tile: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """(dx,), or (dx, sum_g, sum_gx) where ``x`` is given; operands are checked, channels-last and not empty."""
-    tile = config(geometry, g.dtype, lazy.y is not None)
+    tile = tile or config(geometry, g.dtype, lazy.y is not None)
     n, c, h, width, k, r, stride = geometry
     if r == 3 and stride == 2:
         sizes = [n * i * j for i in (h // 2, h - h // 2) for j in (width // 2, width - width // 2)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .bn_act import coarse, finish_stats
 from .common import launch
-from .conv_common import Config, Geometry, grouped, halves, image, load_activation, plain_tile, precision
+from .conv_common import Config, Geometry, grouped, halves, image, load_activation, options_of, plain_tile, precision
 
 # A program keeps one block of channels of y and walks over neighbouring blocks of pixels, so that a channel's
 # statistics leave it once. Programs of the same pixels and other channels run side by side and share x through L2.
@@ -23,7 +23,8 @@ from .conv_common import Config, Geometry, grouped, halves, image, load_activati
 # operand of depth 64 spills in Triton 3.6.
 CONFIGS: dict[str, Config] = {
     "interpreted": Config(rows=256, columns=128, depth=16, warps=4, stages=1, per_sm=1),
-    "ieee": Config(rows=64, columns=64, depth=16, warps=8, stages=3, per_sm=2),
+    "ieee": Config(rows=64, columns=64, depth=16, warps=8, stages=2, per_sm=2),
+    "ieee_lazy": Config(rows=64, columns=64, depth=16, warps=8, stages=3, per_sm=2),
     "tf32": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
     "odd": Config(rows=64, columns=64, depth=32, warps=8, stages=3, per_sm=1),
     "narrow_1x1": Config(rows=128, columns=64, depth=32, warps=4, stages=4, per_sm=2),
@@ -36,7 +37,16 @@ CONFIGS: dict[str, Config] = {
 def config(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> Config:
     """The tile for this shape."""
     shape = f"narrow_{geometry.R}x{geometry.R}" if geometry.K <= 64 else "wide_lazy" if lazy else "wide"
-    return CONFIGS[plain_tile(geometry, dtype) or shape]
+    plain = plain_tile(geometry, dtype)
+    if plain == "ieee" and lazy:  # on sm_80 three stages spill without a lazy operand, and two with one
+        plain = "ieee_lazy"
+    return CONFIGS[plain or shape]
+
+
+def options(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> list[Config]:
+    """The tiles that may serve this shape, the usual one first."""
+    names = ["narrow_1x1", "narrow_3x3", *(["wide_lazy", *([] if lazy else ["wide"])] if geometry.K > 64 else [])]
+    return options_of(CONFIGS, names, geometry, dtype, config(geometry, dtype, lazy))
 
 
 @triton.jit
@@ -170,9 +180,10 @@ def conv_fprop(
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
+    tile: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What ``conv_stats`` returns; operands are checked, channels-last and not empty."""
-    tile = config(geometry, x.dtype, scale is not None)
+    tile = tile or config(geometry, x.dtype, scale is not None)
     k_blocks = triton.cdiv(geometry.K, tile.columns)
     tiles_per_group, groups = grouped(triton.cdiv(geometry.NPQ, tile.rows), k_blocks, tile, x.device)
     y = image(x, geometry.N, geometry.K, geometry.P, geometry.Q)

@@ -19,6 +19,7 @@ from .conv_common import (
     load_activation,
     load_gradient,
     multiprocessors,
+    options_of,
     plain_tile,
     precision,
 )
@@ -43,6 +44,12 @@ def config(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> Config:
     """The tile for this shape."""
     width = "narrow" if min(geometry.C, geometry.K) <= 64 else "wide"
     return CONFIGS[plain_tile(geometry, dtype) or (f"{width}_lazy" if lazy else width)]
+
+
+def options(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> list[Config]:
+    """The tiles that may serve this shape, the usual one first."""
+    names = [n for n in CONFIGS if n.startswith(("narrow", "wide")) and (n.endswith("_lazy") or not lazy)]
+    return options_of(CONFIGS, names, geometry, dtype, config(geometry, dtype, lazy))
 
 
 @triton.jit(do_not_specialize=["NPQ", "H", "W", "P", "Q", "blocks_per_split"])
@@ -163,10 +170,16 @@ def _splits(blocks: int, tiles: int, slots: int) -> tuple[int, int]:
 
 
 def conv_wgrad(
-    g: Tensor, x: Tensor, geometry: Geometry, lazy: Gradient, scale: Tensor | None, shift: Tensor | None
+    g: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    lazy: Gradient,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    tile: Config | None = None,
 ) -> Tensor:
     """What ``conv_wgrad`` returns; operands are checked, channels-last and not empty."""
-    tile = config(geometry, x.dtype, lazy.y is not None or scale is not None)
+    tile = tile or config(geometry, x.dtype, lazy.y is not None or scale is not None)
     _, c, h, width, k, r, stride = geometry
     tiles = triton.cdiv(k, tile.rows) * triton.cdiv(c, tile.columns) * r * r
     slots = multiprocessors(x.device) * tile.per_sm
@@ -200,17 +213,20 @@ def conv_wgrad(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if splits > 1:
-        elements = k * r * r * c
-        launch(
-            conv_wgrad_finish_kernel,
-            triton.cdiv(elements, _BLOCK),
-            x.device,
-            workspace=parts,
-            dw=dw,
-            elements=elements,
-            splits=splits,
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
+    return dw if splits == 1 else add_parts(parts, dw)
+
+
+def add_parts(parts: Tensor, dw: Tensor) -> Tensor:
+    """``dw`` (K, C, R, R), channels-last, made the sum of fp32 ``parts`` (splits, K, R, R, C), in their order."""
+    launch(
+        conv_wgrad_finish_kernel,
+        triton.cdiv(dw.numel(), _BLOCK),
+        dw.device,
+        workspace=parts,
+        dw=dw,
+        elements=dw.numel(),
+        splits=parts.shape[0],
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
     return dw
