@@ -278,6 +278,28 @@ def _collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.Conv
     return layers, projection
 
 
+class _Seen(NamedTuple):
+    """What ``_collect`` found, and how to know that it would find the same again."""
+
+    watch: Watch
+    key: tuple[Any, ...]
+    found: tuple[list[f.ConvBn], f.ConvBn | None]
+
+
+def _look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> tuple[list[f.ConvBn], f.ConvBn | None]:
+    """``_collect``; what it found the last time, where nothing has changed since."""
+    # Which ranks there are decides what a SyncBatchNorm does. The id is safe: see _situation.
+    key = id(module.__dict__), plan, dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    seen: _Seen | None = cache.seen
+    if seen is not None and seen.key == key and seen.watch.unchanged():
+        return seen.found
+    cache.seen = None
+    watch = Watch(module, plan.paths + plan.idle)  # first: what changes meanwhile is seen the next time
+    found = _collect(module, plan)
+    cache.seen = _Seen(watch, key, found)
+    return found
+
+
 def why_not_now(module: nn.Module, plan: BlockPlan) -> str | None:
     """Why the block would not run fused if it were called now, or None. What depends on the input is not known here."""
     try:
@@ -381,7 +403,7 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
         situation = _situation(module, x, handed)
         folded = cache.recall(situation)
     if folded is None:
-        layers, projection = _collect(module, plan)
+        layers, projection = _look(module, plan, cache)
         every = [*layers, projection] if projection else layers
         _check_input(x, every, handed.dtype)
     if isinstance(plan.shortcut, Opaque):
@@ -403,7 +425,7 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
             if handed.inside:
                 return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
             return cast(z, dtype), _OUTSIDE
-        layers, projection = _collect(module, plan)
+        layers, projection = _look(module, plan, cache)
     x = narrow(x, handed)
     identity = plan.shortcut == "identity"
     pool, known = _pool(module, plan)
@@ -451,7 +473,8 @@ def _situation(module: nn.Module, x: Tensor, handed: Handed) -> tuple[Any, ...]:
     """What, besides the submodules, decides whether and how a block runs folded. The batch and the size do not."""
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
     channels = x.shape[1] if x.dim() == 4 and x.numel() else 0
-    return id(module), channels, handed.dtype or x.dtype, x.device, autocast, forced_backend()
+    # A watch of the module keeps its __dict__ alive, so that no other module's can come to have the same id.
+    return id(module.__dict__), channels, handed.dtype or x.dtype, x.device, autocast, forced_backend()
 
 
 def _run_folded(
