@@ -75,7 +75,7 @@ class Op:
         self._overload = getattr(torch.ops.resnet_fast, self.name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _nobody_listens() and all(type(v) in _PLAIN for v in (*args, *kwargs.values())):
+        if _nobody_listens() and _PLAIN.issuperset(map(type, (*args, *kwargs.values()))):
             return self._run(*args, **kwargs)
         return self._overload(*args, **kwargs)
 

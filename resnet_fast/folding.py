@@ -143,6 +143,14 @@ class _Entry(NamedTuple):
     situation: Any
     watch: Watch | None
 
+    def holds(self) -> bool:
+        return (
+            self.watch is not None
+            and self.watch.unchanged()
+            and self.state.holds()
+            and self.fingerprint_now() == self.fingerprint
+        )
+
 
 class _State:
     """Address and version counter of tensors, as they are now. Tensors made in inference mode have no counter."""
@@ -176,22 +184,13 @@ class FoldCache:
 
     @property
     def is_folded(self) -> bool:
-        """Whether there are folded layers, looked after by a watch."""
-        return self._entry is not None and self._entry.watch is not None
+        """Whether there are folded layers, looked after by a watch, and nothing whatever has changed since."""
+        return self._entry is not None and self._entry.holds()
 
     def recall(self, situation: Any) -> list[Folded] | None:
         """What ``get`` last returned, if it was for this ``situation`` and nothing whatever has changed since."""
         entry = self._entry
-        if (
-            entry is not None
-            and entry.watch is not None
-            and entry.situation == situation
-            and entry.watch.unchanged()
-            and entry.state.holds()
-            and entry.fingerprint_now() == entry.fingerprint
-        ):
-            return entry.folded
-        return None
+        return entry.folded if entry is not None and entry.situation == situation and entry.holds() else None
 
     def get(
         self,

@@ -179,21 +179,21 @@ def _update_running(layers: Sequence[ConvBn], statistics: Sequence[Tensor], empt
 
 
 class _Static(NamedTuple):
-    """What the block's Function must know besides its tensors; hashable. One entry per layer, the projection last."""
+    """What the block's Function must know besides its tensors. One entry per layer, the projection last."""
 
-    geometry: tuple[tuple[tuple[int, int], tuple[int, int], tuple[int, int], int], ...]
-    eps: tuple[float, ...]
-    relu: tuple[bool, ...]
-    batch_stats: tuple[bool, ...]
-    group: tuple[Any, ...]
+    geometry: list[tuple[list[int], list[int], list[int], int]]
+    eps: list[float]
+    relu: list[bool]
+    batch_stats: list[bool]
+    group: list[Any]
     projection: bool  # the last layer is the shortcut's; it reads x
     identity: bool  # the residual is x itself
     pool: bool  # the 3x3/2 max-pool follows
+    running: Sequence[ConvBn] | None = None  # whose running statistics the forward updates; None: its caller does
 
     def conv(self, i: int) -> tuple[list[int], list[int], list[int], int]:
         """Trailing arguments of layer i's convolution ops."""
-        stride, padding, dilation, groups = self.geometry[i]
-        return list(stride), list(padding), list(dilation), groups
+        return self.geometry[i]
 
     @property
     def end(self) -> int:
@@ -429,7 +429,11 @@ class _Backward:
 
 
 class _Block(torch.autograd.Function):
-    """z = act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), then mean and unbiased var of each layer."""
+    """z = act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut); where nothing is updated, each layer's mean and var too.
+
+    Where the compiler reads, running statistics are updated outside. Elsewhere inside: checkpointing stops its second
+    forward at the last tensor saved, which is when this one's returns, and a batch norm of torch has moved by then.
+    """
 
     @staticmethod
     def forward(
@@ -438,6 +442,9 @@ class _Block(torch.autograd.Function):
         z, kept, layers, statistics = _forward_block(static, x, residual, tensors, True)
         ctx.static, ctx.backend = static, forced_backend()
         ctx.save_for_backward(x, kept, *(t for layer in layers for t in layer))
+        if static.running is not None:
+            _update_running(static.running, statistics, empty=x.numel() == 0)
+            return (z,)
         ctx.mark_non_differentiable(*statistics)
         return (z, *statistics)
 
@@ -513,7 +520,11 @@ class _Block(torch.autograd.Function):
 def layer_tensors(layer: ConvBn) -> list[Tensor | None]:
     """A layer's tensors as the Function takes them: vectors wide, a convolution's bias folded into beta."""
     wide = ops.stats_dtype(layer.weight.dtype)
-    gamma, beta = (None if v is None else v.to(wide) for v in (layer.gamma, layer.beta))
+    gamma, beta = layer.gamma, layer.beta
+    if gamma is not None and gamma.dtype is not wide:
+        gamma = gamma.to(wide)
+    if beta is not None and beta.dtype is not wide:
+        beta = beta.to(wide)
     if layer.batch_stats:
         # The mean cancels the bias: its gradient is zero, but it has one.
         if layer.bias is not None and layer.bias.requires_grad:
@@ -565,18 +576,22 @@ def residual_block(
     _check(x, every)
     x = to_channels_last(x)
     static = _Static(
-        geometry=tuple((la.stride, la.padding, la.dilation, la.groups) for la in every),
-        eps=tuple(la.eps for la in every),
-        relu=tuple(la.relu for la in every),
-        batch_stats=tuple(la.batch_stats for la in every),
-        group=tuple(la.group if la.batch_stats else None for la in every),
+        geometry=[la.geometry for la in every],
+        eps=[la.eps for la in every],
+        relu=[la.relu for la in every],
+        batch_stats=[la.batch_stats for la in every],
+        group=[la.group if la.batch_stats else None for la in every],
         projection=projection is not None,
         identity=identity,
         pool=pool,
     )
     tensors = [t for layer in every for t in layer_tensors(layer)]
+    if not torch.compiler.is_compiling():
+        static = static._replace(running=every)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *tensors)):
         z, *statistics = _Block.apply(static, x, residual, *tensors)
+        if static.running is not None:
+            return z
     else:
         z, _, _, statistics = _forward_block(static, x, residual, tensors, False)
     _update_running(every, statistics, empty=x.numel() == 0)

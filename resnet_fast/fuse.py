@@ -124,6 +124,14 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     return twin
 
 
+def _no_scripting(self: Any) -> Any:
+    """torch.jit.script asks here what to compile; it would read the text of ``_forward``."""
+    raise FuseError(
+        "torch.jit.script: found a fused model, supported is its original. Remedy: resnet_fast.unfuse(model), script "
+        "it, then resnet_fast.fuse(model) again"
+    )
+
+
 @contextlib.contextmanager
 def _as_original(module: Any) -> Iterator[None]:
     """``module`` as its original class, for a moment: calls in other threads run the original forward meanwhile."""
@@ -145,6 +153,7 @@ def _fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
         "__doc__": f"{original.__name__}, with its {method} fused by resnet_fast.",
         "__reduce_ex__": _reduce_ex,
         "__deepcopy__": _deepcopy,
+        "__prepare_scriptable__": _no_scripting,
         "_resnet_fast_original": original,
         method: _forward,
     }
