@@ -127,7 +127,7 @@ def backend(name: str) -> ModuleType:
 def _check_backend_name(name: str) -> None:
     known = (*BACKENDS, "torch")
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(str(name), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"backend: found {name!r}; supported are {', '.join(map(repr, known))}.{hint}")
 

@@ -119,6 +119,74 @@ def _check(x: Tensor, layers: Sequence[ConvBn]) -> None:
             )
 
 
+_VECTORS = ("gamma", "beta", "running_mean", "running_var", "bias")
+
+
+def _fault_of(name: str, layer: Any) -> Exception | None:
+    """What is wrong with one layer by itself."""
+    if not isinstance(layer, ConvBn):
+        return TypeError(
+            f"{name}: found {type(layer).__name__}, supported is functional.ConvBn. "
+            "Remedy: ConvBn(conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, ...)"
+        )
+    w = layer.weight
+    if not isinstance(w, Tensor) or w.dim() != 4:
+        found = f"{w.dim()} dimensions" if isinstance(w, Tensor) else type(w).__name__
+        return ValueError(f"{name}.weight: found {found}, supported is a tensor (K, C // groups, R, S)")
+    for field in _VECTORS:
+        v = getattr(layer, field)
+        if v is not None and (not isinstance(v, Tensor) or v.shape != w.shape[:1]):
+            found = str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__
+            return ValueError(f"{name}.{field}: found {found}, supported are None and ({w.shape[0]},), as weight has K")
+    for field, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        v = getattr(layer, field)
+        is_pair = isinstance(v, (tuple, list)) and len(v) == 2 and all(isinstance(n, int) for n in v)
+        if not is_pair or min(v) < least:
+            return ValueError(f"{name}.{field}: found {v!r}, supported are two integers from {least} on, for H and W")
+    if not isinstance(layer.groups, int) or layer.groups < 1 or w.shape[0] % layer.groups:
+        return ValueError(f"{name}.groups: found {layer.groups!r}, supported are divisors of K = {w.shape[0]}")
+    return None
+
+
+def _find_fault(x: Tensor, layers: Any, projection: Any, residual: Any) -> Exception | None:
+    """What of the arguments of ``residual_block`` made it fail; None if it was not they. Called after a failure alone,
+    so that a call which is right does not pay for it.
+    """
+    if not isinstance(layers, (list, tuple)) or isinstance(layers, ConvBn) or not layers:
+        found = "nothing" if isinstance(layers, (list, tuple)) and not layers else type(layers).__name__
+        return TypeError(f"layers: found {found}, supported is a list of at least one functional.ConvBn")
+    if residual is not None and not isinstance(residual, Tensor):
+        return TypeError(f"residual: found {type(residual).__name__}, supported are a tensor (N, K, P, Q) and None")
+    named = [(f"layers[{i}]", layer) for i, layer in enumerate(layers)]
+    for name, layer in (*named, *([] if projection is None else [("projection", projection)])):
+        fault = _fault_of(name, layer)
+        if fault is not None:
+            return fault
+    channels, source = x.shape[1], "x"
+    for name, layer in named:
+        fault = _misfit(name, layer, channels, source)
+        if fault is not None:
+            return fault
+        channels, source = layer.weight.shape[0], name
+    if projection is None:
+        return None
+    if projection.weight.shape[0] != channels:
+        return ValueError(
+            f"projection.weight: found K = {projection.weight.shape[0]}, supported is {channels}, that of {source}"
+        )
+    return _misfit("projection", projection, x.shape[1], "x")
+
+
+def _misfit(name: str, layer: ConvBn, channels: int, source: str) -> Exception | None:
+    reads = layer.weight.shape[1] * layer.groups
+    if reads == channels:
+        return None
+    return ValueError(
+        f"{name}.weight: found {tuple(layer.weight.shape)} with groups={layer.groups}, which reads {reads} channels; "
+        f"supported here are {channels}, those of {source}"
+    )
+
+
 def _autocast(
     x: Tensor, residual: Tensor | None, layers: Sequence[ConvBn]
 ) -> tuple[Tensor, Tensor | None, list[ConvBn]]:
@@ -520,6 +588,8 @@ class _Block(torch.autograd.Function):
 def layer_tensors(layer: ConvBn) -> list[Tensor | None]:
     """A layer's tensors as the Function takes them: vectors wide, a convolution's bias folded into beta."""
     wide = ops.stats_dtype(layer.weight.dtype)
+    if layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]:  # in training nobody else would see it
+        raise ValueError(f"bias: found {tuple(layer.bias.shape)}, supported is ({layer.weight.shape[0]},)")
     gamma, beta = layer.gamma, layer.beta
     if gamma is not None and gamma.dtype is not wide:
         gamma = gamma.to(wide)
@@ -566,6 +636,25 @@ def residual_block(
     dimensions, or one value per channel where ``batch_stats``, ``TypeError`` for a dtype that is no floating point,
     ``RuntimeError`` for a mix of devices or dtypes, as torch does.
     """
+    if torch.compiler.is_compiling():
+        return _residual_block(x, layers, projection, residual, identity, pool)
+    try:
+        return _residual_block(x, layers, projection, residual, identity, pool)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        fault = _find_fault(x, layers, projection, residual) if isinstance(x, Tensor) and x.dim() == 4 else None
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def _residual_block(
+    x: Tensor,
+    layers: Sequence[ConvBn],
+    projection: ConvBn | None,
+    residual: Tensor | None,
+    identity: bool,
+    pool: bool,
+) -> Tensor:
     if (projection is not None) + (residual is not None) + identity > 1:
         raise ValueError("projection, residual, identity: found more than one, supported is at most one")
     if pool and (projection is not None or residual is not None or identity or not layers[-1].relu):

@@ -284,6 +284,11 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
             yield _Candidate(name, module, None, kind, "not part of a block or sequence that an adapter knows")
 
 
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
+
+
 def fuse(
     model: M,
     *,
@@ -303,8 +308,7 @@ def fuse(
     Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,
     buffers and hooks are not touched, so optimizers and checkpoints go on as before. :func:`unfuse` undoes it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
+    _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: found {type(filter_fn).__name__}, supported is a callable (name, module) -> bool")
     with dispatch.use_backend(backend):
@@ -329,6 +333,7 @@ def fuse(
 
 def unfuse(model: M) -> M:
     """Undo :func:`fuse`, in place: every module has its original class and forward again. Returns the model."""
+    _check_model(model)
     for module in model.modules():
         if _state(module) is not None:
             _detach(module)
@@ -338,6 +343,7 @@ def unfuse(model: M) -> M:
 @contextlib.contextmanager
 def fused(model: M, **options: Any) -> Iterator[M]:
     """``with fused(model): ...``: fused inside (options as for :func:`fuse`), and afterwards just as it was before."""
+    _check_model(model)
     before = {id(m) for m in model.modules() if _state(m) is not None}
     fuse(model, **options)
     try:
@@ -419,8 +425,7 @@ def explain(model: nn.Module) -> Explanation:
     Returns rows with ``.name``, ``.kind``, ``.status`` ("fused", "partly", "not") and ``.reason``; prints as a table.
     Every convolution and batch norm is accounted for: in a row of its own, or within its block's. Nothing is changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
+    _check_model(model)
     answer = Explanation()
     answer.swapped = any(_state(m) is not None for m in model.modules())
     for candidate in _candidates(model):

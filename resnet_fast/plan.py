@@ -313,11 +313,14 @@ def why_not_now(module: nn.Module, plan: BlockPlan) -> str | None:
 
 
 def _transformed() -> bool:
-    """Inside torch.compile, torch.jit.trace, torch.func or forward-mode AD, which must see torch's own ops."""
+    """Inside torch.compile, torch.jit.trace, torch.func, forward-mode AD or a TorchDispatchMode (make_fx, selective
+    checkpointing, FLOP counters), which must see torch's own ops.
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
     )
 

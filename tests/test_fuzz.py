@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast import models
+from tests.tools import small
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -154,7 +155,9 @@ WIDTHS = st.one_of(st.integers(1, 70), st.sampled_from((1, 3, 4, 7, 8, 16, 17, 3
 
 
 @st.composite
-def layers(draw: Any, c: int, k: int, kernel: int | None = None, stride: int | None = None, same: bool = False) -> Layer:
+def layers(
+    draw: Any, c: int, k: int, kernel: int | None = None, stride: int | None = None, same: bool = False
+) -> Layer:
     """``same``: H and W change by the stride alone."""
     kernel = draw(st.sampled_from((1, 3, 3, 5, 2))) if kernel is None else kernel
     stride = draw(st.sampled_from((1, 1, 2, 3))) if stride is None else stride
@@ -204,6 +207,10 @@ def blocks(draw: Any, c: int | None = None) -> Block:
     return Block(kind, tuple(found), side)
 
 
+#: requires_grad of the parameters, over and over.
+LEARNS = ((True,), (True,), (False,), (True, False), (True, False, False), (False, True, True))
+
+
 @st.composite
 def examples(draw: Any) -> Example:
     first = draw(blocks())
@@ -220,7 +227,7 @@ def examples(draw: Any) -> Example:
         wide_norms=dtype != torch.float32 and draw(st.booleans()),
         layout=draw(st.sampled_from(("nchw", "channels_last", "sliced"))),
         train=draw(st.booleans()),
-        learns=draw(st.sampled_from(((True,), (True,), (False,), (True, False), (True, False, False), (False, True, True)))),
+        learns=draw(st.sampled_from(LEARNS)),
         x_learns=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
@@ -245,6 +252,10 @@ def measure(network: nn.Module, image: Tensor, example: Example) -> dict[str, Te
     with torch.no_grad():
         found["first"] = network.eval()(x).clone()
         found["second"] = network(x).clone()
+    if example.train:  # statistics alone, as update_bn takes them: neither folded nor recorded
+        network.train()
+        with torch.no_grad():
+            found["third"], found["fourth"] = network(x).clone(), network(x).clone()
     network.train(example.train)
     leaf = x.detach().requires_grad_(example.x_learns)
     z = network(leaf)
@@ -292,12 +303,15 @@ def judge(name: str, ours: Tensor | None, theirs: list[Any], ref: Any, eps: floa
     if ours.numel() == 0:
         return
     assert torch.equal(ours.isnan(), first.isnan()), f"{name}: NaN in other places"
-    own, scale = max(error(t, ref) for t in theirs), ref[ref.isfinite()].abs().amax().item() if ref.isfinite().any() else 0.0
+    own = max(error(t, ref) for t in theirs)
+    scale = ref[ref.isfinite()].abs().amax().item() if ref.isfinite().any() else 0.0
     found, allowed = error(ours, ref), 2 * own + 4 * eps * scale
     if not decided and (name.startswith("d")):
         norm = lambda t: (t.double() - ref).norm().item()  # noqa: E731
         found, allowed = norm(ours), 3 * max(norm(t) for t in theirs) + 30 * eps * ref.norm().item() + 1e-30
-    assert found <= allowed, f"{name}: error {found:.3g}, torch's own {own:.3g}, allowed {allowed:.3g}, max|ref| {scale:.3g}"
+    assert found <= allowed, (
+        f"{name}: error {found:.3g}, torch's own {own:.3g}, allowed {allowed:.3g}, max|ref| {scale:.3g}"
+    )
 
 
 @torch.no_grad()
@@ -358,3 +372,70 @@ def judge_all(mine: dict[str, Any], theirs: list[Any], ref: dict[str, Any], eps:
 @given(examples())
 def test_random_blocks(example: Example) -> None:
     compare(example)
+
+
+# ---- nothing leaks ----------------------------------------------------------------------------------------------
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def live_tensors() -> int:
+    """Tensors that Python knows of."""
+    gc.collect()
+    return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+
+def train_step(model: nn.Module, x: Tensor, i: int) -> None:
+    model.train()
+    model(x).square().mean().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 1e-3 * p.grad
+            p.grad = None
+
+
+def infer(model: nn.Module, x: Tensor, i: int) -> None:
+    with torch.no_grad():
+        model.eval()(x)
+
+
+def by_turns(model: nn.Module, x: Tensor, i: int) -> None:
+    """What changes is folded anew; sizes vary more than are remembered."""
+    train_step(model, x, i)
+    infer(model, x[: 1 + i % 7, :, : 16 + i % 11], i)
+
+
+def fused_and_unfused(model: nn.Module, x: Tensor, i: int) -> None:
+    resnet_fast.unfuse(model)
+    infer(resnet_fast.fuse(model), x, i)
+    copy.deepcopy(model)
+
+
+def with_mistakes(model: nn.Module, x: Tensor, i: int) -> None:
+    """Errors, and graphs that nobody runs backward."""
+    model.train()
+    model(x)
+    with pytest.raises(RuntimeError):
+        model(x[:, :2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads memory from Linux's /proc")
+@pytest.mark.parametrize(
+    "step", [train_step, infer, by_turns, fused_and_unfused, with_mistakes], ids=lambda s: s.__name__
+)
+def test_memory_is_flat_over_200_steps(step: Callable[[nn.Module, Tensor, int], None]) -> None:
+    """No tensor more than after the first fifty; and less growth than if a step kept one input, or one activation."""
+    model = resnet_fast.fuse(small())
+    x = torch.randn(8, 3, 32, 32)
+    for i in range(50):
+        step(model, x, i)
+    tensors, memory = live_tensors(), resident()
+    for i in range(50, 250):
+        step(model, x, i)
+    assert live_tensors() <= tensors
+    assert resident() - memory < 200 * x.nbytes
