@@ -2,8 +2,10 @@
 
 ``pytest --benchmark benchmarks/bench_overhead.py``. Python's share is the time of a forward less that of the same
 kernels called one after the other, with nothing else: for eager torch's conv2d, batch_norm, relu and add; for a fused
-block the backends' functions that its forward called. In training it holds autograd's bookkeeping too. ``added`` is
-the fused block's share less eager's, in us: the goal is less than 15. One thread; all contenders in turns.
+block the backends' functions that its forward called. In training it holds autograd's bookkeeping too. All in us a
+block: ``added`` is the fused share less eager's; ``guards`` is the part of it before the block's own function
+(functional.residual_block, or folding's) is called, beside eager's ten module calls. The goal is 15 added. ``alone`` is
+one block, ``stage`` four behind each other, which in inference look at themselves once. One thread; all in turns.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import dispatch, models
+from resnet_fast import dispatch, folding, functional, models, plan
 
-ROUNDS, LAUNCHES = 41, 200
+ROUNDS, LAUNCHES = 31, 100
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def kernels_of_eager(block: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def kernels_of_eager(block: Any) -> Callable[[Tensor], Tensor]:
     """What the modules of a bottleneck call, without the modules."""
     layers = []
     for conv, bn in ((block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3)):
@@ -36,8 +38,7 @@ def kernels_of_eager(block: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         layers.append((conv.weight, conv.stride, conv.padding, norm, bn.num_batches_tracked))
     training = block.training
 
-    @torch.no_grad()
-    def run() -> Tensor:
+    def run(x: Tensor) -> Tensor:
         z = x
         for w, stride, padding, norm, counter in layers:
             if z is not x:
@@ -91,11 +92,23 @@ def recorded() -> Iterator[list[Call]]:
         dispatch._choose.cache_clear()
 
 
+def in_turn(calls: list[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], Tensor]:
+    @torch.no_grad()
+    def run() -> Tensor:
+        z = x
+        for call in calls:
+            z = call(z)
+        return z
+
+    return run
+
+
 def kernels_of_fused(block: nn.Module, x: Tensor) -> Callable[[], None]:
     """The backends' functions that a forward of ``block`` calls, with the same arguments."""
     twin = copy.deepcopy(block)
     with recorded() as calls:
-        twin(x)  # folds, and lays out weights
+        for _ in range(3):  # folds, lays out weights, makes a stage's program
+            twin(x)
         calls.clear()
         twin(x)
 
@@ -116,26 +129,41 @@ def once(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - begin) / LAUNCHES * 1e6
 
 
+def behind_the_guards(block: Any, x: Tensor) -> Callable[[], Any]:
+    """The function that a fused block's forward calls when its guards have passed."""
+    state = block.__dict__["_resnet_fast"]
+    if block.training:
+        layers = plan._collect(block, state.plan)[0]
+        return lambda: functional.residual_block(x, layers, identity=True)
+    folded = state.caches[0]._entry.folded
+    return lambda: folding.folded_block(x, folded, identity=True)
+
+
+@pytest.mark.parametrize("blocks", [1, 4], ids=["alone", "stage"])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "training"])
-def bench_overhead(benchmark: Any, train: bool) -> None:
+def bench_overhead(benchmark: Any, train: bool, blocks: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         torch.manual_seed(0)
-        eager = models.Bottleneck(8, 2).train(train).to(memory_format=torch.channels_last)
+        parts = [models.Bottleneck(8, 2) for _ in range(blocks)]
+        eager = nn.Sequential(*parts) if blocks > 1 else parts[0]
+        eager.train(train).to(memory_format=torch.channels_last)
         fused = resnet_fast.fuse(copy.deepcopy(eager))
         x = torch.randn(1, 8, 4, 4).to(memory_format=torch.channels_last)
         with torch.set_grad_enabled(train):
             calls: list[Callable[[], Any]] = [
                 lambda: eager(x),
-                kernels_of_eager(eager, x),
+                in_turn([kernels_of_eager(part) for part in parts], x),
                 lambda: fused(x),
                 kernels_of_fused(fused, x),
             ]
             for call in calls:
                 once(call)
-            rounds = [[once(call) for call in calls] for _ in range(ROUNDS)]
-            benchmark.group = f"overhead {'training' if train else 'eval'}"
+            if blocks == 1:
+                calls.append(behind_the_guards(fused, x))
+            rounds = [[once(call) / blocks for call in calls] for _ in range(ROUNDS)]
+            benchmark.group = f"overhead {'training' if train else 'eval'} {'stage' if blocks > 1 else 'alone'}"
             benchmark.pedantic(calls[2], rounds=ROUNDS, iterations=LAUNCHES)
     finally:
         torch.set_num_threads(threads)
@@ -147,4 +175,6 @@ def bench_overhead(benchmark: Any, train: bool) -> None:
         fused_python=median(r[2] - r[3] for r in rounds),
         added=median((r[2] - r[3]) - (r[0] - r[1]) for r in rounds),
     )
-    print(f"\n{benchmark.group}, us: {benchmark.extra_info}")
+    if blocks == 1:
+        benchmark.extra_info["guards"] = median(r[2] - r[4] for r in rounds)
+    print(f"\n{benchmark.group}, us a block: {benchmark.extra_info}")

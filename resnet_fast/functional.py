@@ -62,8 +62,14 @@ class ConvBn(NamedTuple):
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int], int]:
-        """stride, padding, dilation, groups: the trailing arguments of every convolution op."""
-        return list(self.stride), list(self.padding), list(self.dilation), self.groups
+        """stride, padding, dilation, groups: the trailing arguments of every convolution op.
+
+        A filter one tap wide has no dilation; oneDNN does not know, and crashes on a grouped 1x1 with one.
+        """
+        dilation = list(self.dilation)
+        if max(dilation) > 1:
+            dilation = [1 if taps == 1 else d for taps, d in zip(self.weight.shape[2:], dilation, strict=True)]
+        return list(self.stride), list(self.padding), dilation, self.groups
 
 
 # ---- what every path shares -------------------------------------------------------------------------------------

@@ -291,7 +291,10 @@ def error(ours: Tensor, ref: Tensor) -> float:
     return (ours.double() - ref)[finite].abs().max().item() if finite.any() else 0.0
 
 
-def judge(name: str, ours: Tensor | None, theirs: list[Any], ref: Any, eps: float, decided: bool) -> None:
+def judge(
+    name: str, ours: Tensor | None, theirs: list[Any], ref: Any, eps: float, decided: bool, largest: float
+) -> None:
+    """``largest``: of all gradients. Beside it one that cancels (below a batch norm of two values, say) is rounding."""
     if ours is None or ref is None:
         assert ours is None and ref is None and all(t is None for t in theirs), f"{name}: some are None"
         return
@@ -306,6 +309,8 @@ def judge(name: str, ours: Tensor | None, theirs: list[Any], ref: Any, eps: floa
     own = max(error(t, ref) for t in theirs)
     scale = ref[ref.isfinite()].abs().amax().item() if ref.isfinite().any() else 0.0
     found, allowed = error(ours, ref), 2 * own + 4 * eps * scale
+    if name.startswith("d") and scale < eps**0.5 * largest:
+        allowed += 4 * eps * largest
     if not decided and (name.startswith("d")):
         norm = lambda t: (t.double() - ref).norm().item()  # noqa: E731
         found, allowed = norm(ours), 3 * max(norm(t) for t in theirs) + 30 * eps * ref.norm().item() + 1e-30
@@ -363,8 +368,9 @@ def compare(example: Example) -> None:
 
 
 def judge_all(mine: dict[str, Any], theirs: list[Any], ref: dict[str, Any], eps: float, decided: bool) -> None:
+    gradients = [t.abs().max().item() for n, t in ref.items() if n.startswith("d") and t is not None and t.numel()]
     for name in ref:
-        judge(name, mine[name], [t[name] for t in theirs], ref[name], eps, decided)
+        judge(name, mine[name], [t[name] for t in theirs], ref[name], eps, decided, max(gradients, default=0.0))
 
 
 @pytest.mark.slow
@@ -372,6 +378,22 @@ def judge_all(mine: dict[str, Any], theirs: list[Any], ref: dict[str, Any], eps:
 @given(examples())
 def test_random_blocks(example: Example) -> None:
     compare(example)
+
+
+#: What random examples have found, and was put right.
+FOUND = {
+    # oneDNN crashed on a grouped 1x1 convolution with a dilation.
+    "dilated 1x1": Block("chain", (Layer(32, 32, 1, 2, 1, 2, 16, False, True, True, 0.1, None, False),), None),
+    # The statistics of an example in training were those of folded weights: no batch was counted.
+    "training without gradients": Block(
+        "basic", (Layer(8, 8, 3, 1, 1, 1, 1, False, True, True, 1e-5, 0.1),) * 2, "identity"
+    ),
+}
+
+
+@pytest.mark.parametrize("block", FOUND.values(), ids=FOUND.keys())
+def test_found(block: Block) -> None:
+    compare(Example((block, block), 2, 8, 5, torch.float32, False, "channels_last", True, (True,), True, 0))
 
 
 # ---- nothing leaks ----------------------------------------------------------------------------------------------

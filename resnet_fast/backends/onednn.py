@@ -114,6 +114,8 @@ def conv_affine_act(
     relu: bool = True,
 ) -> Tensor:
     _check(x, w, shift, scale, residual, (stride, padding, dilation))
+    # On a filter one tap wide dilation means nothing, but oneDNN 3.12 crashes on a grouped 1x1 with one.
+    dilation = [1 if taps == 1 else d for taps, d in zip(w.shape[2:], dilation, strict=True)]
     if x.dtype == torch.bfloat16 and not _has_bfloat16():
         z = conv_affine_act(
             x.float(),
