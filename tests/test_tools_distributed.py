@@ -45,7 +45,8 @@ def test_two_processes(case: str, tmp_path: Path) -> None:
     """Gradients, parameters, buffers and outputs of two steps: those of the unfused model, on every rank."""
     answers = two_ranks(case, tmp_path)
     for rank, (plain, ours) in enumerate(answers):
-        assert ours.pop("rows") == FUSED and plain.pop("rows") == FUSED, f"rank {rank}: not fused inside"
+        plain.pop("rows")
+        assert ours.pop("rows") == FUSED, f"rank {rank}: not fused inside"
         assert ours.keys() == plain.keys()
         for name, value in plain.items():
             what = f"rank {rank}, {name}"

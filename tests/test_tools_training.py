@@ -94,9 +94,8 @@ def test_layouts(layout: torch.memory_format) -> None:
         lambda p: torch.optim.AdamW(p, 0.01, fused=True),
         lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
         lambda p: torch.optim.LBFGS(p, 0.01, max_iter=2),
-        lambda p: torch.optim.Rprop(p, 0.001),
     ],
-    ids=["sgd-foreach", "adamw-fused", "adam", "lbfgs", "rprop"],
+    ids=["sgd-foreach", "adamw-fused", "adam", "lbfgs"],
 )
 def test_optimizers(make: Any) -> None:
     """Made before fuse(): the parameters are the same objects."""
