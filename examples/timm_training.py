@@ -39,7 +39,7 @@ def main() -> None:
     optimizer = create_optimizer_v2(model, opt="lamb", lr=2e-3, weight_decay=0.02)
     schedule = CosineLRScheduler(optimizer, t_initial=args.steps, warmup_t=1, warmup_lr_init=1e-4)
     average = ModelEmaV3(model, decay=0.9)
-    mixup = Mixup(mixup_alpha=0.1, cutmix_alpha=1.0, num_classes=10, device=device.type)
+    mixup = Mixup(mixup_alpha=0.1, cutmix_alpha=1.0, num_classes=10)
     criterion = SoftTargetCrossEntropy()
 
     for step in range(1, args.steps + 1):

@@ -84,9 +84,11 @@ def test_replicas_have_guards_of_their_own() -> None:
                 replica.stem = model.stem._replicate_for_data_parallel()
                 for i, name in enumerate(("0", "1", "2")):
                     child = model.stem[i]._replicate_for_data_parallel()
-                    child._parameters = {
-                        k: None if p is None else nn.Parameter(p * factor) for k, p in child._parameters.items()
-                    }
+                    for key, p in model.stem[i]._parameters.items():  # as torch.nn.parallel.replicate does
+                        if p is None:
+                            child._parameters[key] = None
+                        else:
+                            setattr(child, key, p * factor)
                     replica.stem._modules[name] = child
                 replicas.append(replica)
             near(replicas[0](images()), replicas[1](images()), f"factor {factor}")
