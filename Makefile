@@ -16,7 +16,7 @@ SHELL := bash
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-LIBRARIES := segmentation-models-pytorch timm torchvision transformers
+LIBRARIES := accelerate segmentation-models-pytorch timm torchvision transformers
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: help demo test bench lint format test-gpu bench-gpu clean FORCE

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import resnet_fast
 
@@ -29,16 +29,23 @@ examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with a suggestion for a mistyped sub-command."""
+    """argparse, with a suggestion for a mistyped sub-command or option."""
+
+    options: ClassVar[dict[str, list[str]]] = {}  #: Of each sub-command.
+    typed: Sequence[str] = ()  #: The command line.
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice: " in message:
             typed = message.partition("invalid choice: ")[2].partition(" ")[0].strip("'")
             message += did_you_mean(typed, COMMANDS)
+        if message.startswith("unrecognized arguments: "):
+            typed = message.partition(": ")[2].partition(" ")[0].partition("=")[0]
+            command = next((word for word in self.typed if word in self.options), "")
+            message += did_you_mean(typed, self.options.get(command, ()))
         super().error(message)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> _Parser:
     """The whole command line; each module of ``resnet_fast.commands`` adds its own part."""
     top = _Parser(
         prog="resnet-fast",
@@ -58,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
+        top.options[name] = list(sub._option_string_actions)
         sub.set_defaults(run=module.run)
     return top
 
@@ -66,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. ``argv`` without the program's name; None: the process's own."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = parser().parse_args(arguments)
+        top = parser()
+        top.typed = arguments
+        args = top.parse_args(arguments)
         args.argv = arguments
         return int(args.run(args))
     except SystemExit as exit_:  # argparse: --help, --version, a usage error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -136,17 +136,39 @@ class _Entry(NamedTuple):
 
     static: tuple[Any, ...]
     tensors: list[Tensor]
-    state: list[tuple[int, int]]
+    state: _State
     fingerprint: int
     fingerprint_now: Callable[[], int]
     folded: list[Folded]
     situation: Any
     watch: Watch | None
 
+    def holds(self) -> bool:
+        return (
+            self.watch is not None
+            and self.watch.unchanged()
+            and self.state.holds()
+            and self.fingerprint_now() == self.fingerprint
+        )
 
-def _state(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Address and version counter of each. Tensors made in inference mode have no counter."""
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+class _State:
+    """Address and version counter of tensors, as they are now. Tensors made in inference mode have no counter."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._counted = tensors, [t for t in tensors if not t.is_inference()]
+        self._then = self._now()
+
+    def _now(self) -> list[int]:
+        # No loop of Python's own: this runs at every forward of every block.
+        return [*map(Tensor.data_ptr, self._tensors), *map(_version, self._counted)]
+
+    def holds(self) -> bool:
+        """Whether no tensor has moved, or been written to by anything that counts."""
+        return self._now() == self._then
+
+
+_version = attrgetter("_version")
 
 
 class FoldCache:
@@ -158,25 +180,17 @@ class FoldCache:
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None  # replaced whole, so that threads may share the cache
+        self.seen: Any = None  # the caller's own: what its last look at the block found
 
     @property
     def is_folded(self) -> bool:
-        """Whether there are folded layers, looked after by a watch."""
-        return self._entry is not None and self._entry.watch is not None
+        """Whether there are folded layers, looked after by a watch, and nothing whatever has changed since."""
+        return self._entry is not None and self._entry.holds()
 
     def recall(self, situation: Any) -> list[Folded] | None:
         """What ``get`` last returned, if it was for this ``situation`` and nothing whatever has changed since."""
         entry = self._entry
-        if (
-            entry is not None
-            and entry.watch is not None
-            and entry.situation == situation
-            and entry.watch.unchanged()
-            and _state(entry.tensors) == entry.state
-            and entry.fingerprint_now() == entry.fingerprint
-        ):
-            return entry.folded
-        return None
+        return entry.folded if entry is not None and entry.situation == situation and entry.holds() else None
 
     def get(
         self,
@@ -194,13 +208,14 @@ class FoldCache:
             return None
         static = (dtype, choose("conv_affine_act", device, dtype), *(layer[_TENSOR_FIELDS:] for layer in layers))
         tensors = [t for layer in layers for t in layer[:_TENSOR_FIELDS] if isinstance(t, Tensor)]
-        state, now = _state(tensors), backend("native").fingerprinter(tensors)
+        state, now = _State(tensors), backend("native").fingerprinter(tensors)
         fingerprint = now()
         entry = self._entry
         if (
             entry is not None
-            and (entry.static, entry.state, entry.fingerprint) == (static, state, fingerprint)
+            and (entry.static, entry.fingerprint) == (static, fingerprint)
             and all(map(is_, entry.tensors, tensors))
+            and entry.state.holds()
         ):
             folded = entry.folded
         else:
@@ -323,7 +338,7 @@ class Program:
             side = entry.folded[-1] if projection else None
             self._steps.append(_Step(entry.folded[:end], side, identity))
             self._tensors += entry.tensors
-        self._state = _state(self._tensors)
+        self._state = _State(self._tensors)
         self._fingerprint_now = backend("native").fingerprinter(self._tensors)
         self._fingerprint = self._fingerprint_now()
         self._limit = self._largest_input()
@@ -349,7 +364,7 @@ class Program:
         return (
             self._situation == situation
             and self._watch.unchanged()
-            and _state(self._tensors) == self._state
+            and self._state.holds()
             and self._fingerprint_now() == self._fingerprint
         )
 

@@ -62,8 +62,14 @@ class ConvBn(NamedTuple):
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int], int]:
-        """stride, padding, dilation, groups: the trailing arguments of every convolution op."""
-        return list(self.stride), list(self.padding), list(self.dilation), self.groups
+        """stride, padding, dilation, groups: the trailing arguments of every convolution op.
+
+        A filter one tap wide has no dilation; oneDNN does not know, and crashes on a grouped 1x1 with one.
+        """
+        dilation = list(self.dilation)
+        if max(dilation) > 1:
+            dilation = [1 if taps == 1 else d for taps, d in zip(self.weight.shape[2:], dilation, strict=True)]
+        return list(self.stride), list(self.padding), dilation, self.groups
 
 
 # ---- what every path shares -------------------------------------------------------------------------------------
@@ -117,6 +123,74 @@ def _check(x: Tensor, layers: Sequence[ConvBn]) -> None:
                 f"x and weight differ in dtype: found {x.dtype} and {w.dtype}. "
                 f"Remedy: x.to({w.dtype}), or torch.autocast({x.device.type!r}) for mixed precision"
             )
+
+
+_VECTORS = ("gamma", "beta", "running_mean", "running_var", "bias")
+
+
+def _fault_of(name: str, layer: Any) -> Exception | None:
+    """What is wrong with one layer by itself."""
+    if not isinstance(layer, ConvBn):
+        return TypeError(
+            f"{name}: found {type(layer).__name__}, supported is functional.ConvBn. "
+            "Remedy: ConvBn(conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, ...)"
+        )
+    w = layer.weight
+    if not isinstance(w, Tensor) or w.dim() != 4:
+        found = f"{w.dim()} dimensions" if isinstance(w, Tensor) else type(w).__name__
+        return ValueError(f"{name}.weight: found {found}, supported is a tensor (K, C // groups, R, S)")
+    for field in _VECTORS:
+        v = getattr(layer, field)
+        if v is not None and (not isinstance(v, Tensor) or v.shape != w.shape[:1]):
+            found = str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__
+            return ValueError(f"{name}.{field}: found {found}, supported are None and ({w.shape[0]},), as weight has K")
+    for field, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        v = getattr(layer, field)
+        is_pair = isinstance(v, (tuple, list)) and len(v) == 2 and all(isinstance(n, int) for n in v)
+        if not is_pair or min(v) < least:
+            return ValueError(f"{name}.{field}: found {v!r}, supported are two integers from {least} on, for H and W")
+    if not isinstance(layer.groups, int) or layer.groups < 1 or w.shape[0] % layer.groups:
+        return ValueError(f"{name}.groups: found {layer.groups!r}, supported are divisors of K = {w.shape[0]}")
+    return None
+
+
+def _find_fault(x: Tensor, layers: Any, projection: Any, residual: Any) -> Exception | None:
+    """What of the arguments of ``residual_block`` made it fail; None if it was not they. Called after a failure alone,
+    so that a call which is right does not pay for it.
+    """
+    if not isinstance(layers, (list, tuple)) or isinstance(layers, ConvBn) or not layers:
+        found = "nothing" if isinstance(layers, (list, tuple)) and not layers else type(layers).__name__
+        return TypeError(f"layers: found {found}, supported is a list of at least one functional.ConvBn")
+    if residual is not None and not isinstance(residual, Tensor):
+        return TypeError(f"residual: found {type(residual).__name__}, supported are a tensor (N, K, P, Q) and None")
+    named = [(f"layers[{i}]", layer) for i, layer in enumerate(layers)]
+    for name, layer in (*named, *([] if projection is None else [("projection", projection)])):
+        fault = _fault_of(name, layer)
+        if fault is not None:
+            return fault
+    channels, source = x.shape[1], "x"
+    for name, layer in named:
+        fault = _misfit(name, layer, channels, source)
+        if fault is not None:
+            return fault
+        channels, source = layer.weight.shape[0], name
+    if projection is None:
+        return None
+    if projection.weight.shape[0] != channels:
+        return ValueError(
+            f"projection.weight: found K = {projection.weight.shape[0]}, supported is {channels}, that of {source}"
+        )
+    return _misfit("projection", projection, x.shape[1], "x")
+
+
+def _misfit(name: str, layer: ConvBn, channels: int, source: str) -> Exception | None:
+    reads = layer.weight.shape[1] * layer.groups
+    if reads == channels:
+        return None
+    return ValueError(
+        f"{name}.weight: found {tuple(layer.weight.shape)} with groups={layer.groups}, which reads {reads} channels; "
+        f"supported here are {channels}, those of {source}"
+    )
 
 
 def _autocast(
@@ -179,21 +253,21 @@ def _update_running(layers: Sequence[ConvBn], statistics: Sequence[Tensor], empt
 
 
 class _Static(NamedTuple):
-    """What the block's Function must know besides its tensors; hashable. One entry per layer, the projection last."""
+    """What the block's Function must know besides its tensors. One entry per layer, the projection last."""
 
-    geometry: tuple[tuple[tuple[int, int], tuple[int, int], tuple[int, int], int], ...]
-    eps: tuple[float, ...]
-    relu: tuple[bool, ...]
-    batch_stats: tuple[bool, ...]
-    group: tuple[Any, ...]
+    geometry: list[tuple[list[int], list[int], list[int], int]]
+    eps: list[float]
+    relu: list[bool]
+    batch_stats: list[bool]
+    group: list[Any]
     projection: bool  # the last layer is the shortcut's; it reads x
     identity: bool  # the residual is x itself
     pool: bool  # the 3x3/2 max-pool follows
+    running: Sequence[ConvBn] | None = None  # whose running statistics the forward updates; None: its caller does
 
     def conv(self, i: int) -> tuple[list[int], list[int], list[int], int]:
         """Trailing arguments of layer i's convolution ops."""
-        stride, padding, dilation, groups = self.geometry[i]
-        return list(stride), list(padding), list(dilation), groups
+        return self.geometry[i]
 
     @property
     def end(self) -> int:
@@ -431,7 +505,11 @@ class _Backward:
 
 
 class _Block(torch.autograd.Function):
-    """z = act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut), then mean and unbiased var of each layer."""
+    """z = act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut); where nothing is updated, each layer's mean and var too.
+
+    Where the compiler reads, running statistics are updated outside. Elsewhere inside: checkpointing stops its second
+    forward at the last tensor saved, which is when this one's returns, and a batch norm of torch has moved by then.
+    """
 
     @staticmethod
     def forward(
@@ -440,6 +518,9 @@ class _Block(torch.autograd.Function):
         z, kept, layers, statistics = _forward_block(static, x, residual, tensors, True)
         ctx.static, ctx.backend = static, forced_backend()
         ctx.save_for_backward(x, kept, *(t for layer in layers for t in layer))
+        if static.running is not None:
+            _update_running(static.running, statistics, empty=x.numel() == 0)
+            return (z,)
         ctx.mark_non_differentiable(*statistics)
         return (z, *statistics)
 
@@ -515,7 +596,13 @@ class _Block(torch.autograd.Function):
 def layer_tensors(layer: ConvBn) -> list[Tensor | None]:
     """A layer's tensors as the Function takes them: vectors wide, a convolution's bias folded into beta."""
     wide = ops.stats_dtype(layer.weight.dtype)
-    gamma, beta = (None if v is None else v.to(wide) for v in (layer.gamma, layer.beta))
+    if layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]:  # in training nobody else would see it
+        raise ValueError(f"bias: found {tuple(layer.bias.shape)}, supported is ({layer.weight.shape[0]},)")
+    gamma, beta = layer.gamma, layer.beta
+    if gamma is not None and gamma.dtype is not wide:
+        gamma = gamma.to(wide)
+    if beta is not None and beta.dtype is not wide:
+        beta = beta.to(wide)
     if layer.batch_stats:
         # The mean cancels the bias: its gradient is zero, but it has one.
         if layer.bias is not None and layer.bias.requires_grad:
@@ -557,6 +644,25 @@ def residual_block(
     dimensions, or one value per channel where ``batch_stats``, ``TypeError`` for a dtype that is no floating point,
     ``RuntimeError`` for a mix of devices or dtypes, as torch does.
     """
+    if torch.compiler.is_compiling():
+        return _residual_block(x, layers, projection, residual, identity, pool)
+    try:
+        return _residual_block(x, layers, projection, residual, identity, pool)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        fault = _find_fault(x, layers, projection, residual) if isinstance(x, Tensor) and x.dim() == 4 else None
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def _residual_block(
+    x: Tensor,
+    layers: Sequence[ConvBn],
+    projection: ConvBn | None,
+    residual: Tensor | None,
+    identity: bool,
+    pool: bool,
+) -> Tensor:
     if (projection is not None) + (residual is not None) + identity > 1:
         raise ValueError("projection, residual, identity: found more than one, supported is at most one")
     if pool and (projection is not None or residual is not None or identity or not layers[-1].relu):
@@ -567,18 +673,22 @@ def residual_block(
     _check(x, every)
     x = to_channels_last(x)
     static = _Static(
-        geometry=tuple((la.stride, la.padding, la.dilation, la.groups) for la in every),
-        eps=tuple(la.eps for la in every),
-        relu=tuple(la.relu for la in every),
-        batch_stats=tuple(la.batch_stats for la in every),
-        group=tuple(la.group if la.batch_stats else None for la in every),
+        geometry=[la.geometry for la in every],
+        eps=[la.eps for la in every],
+        relu=[la.relu for la in every],
+        batch_stats=[la.batch_stats for la in every],
+        group=[la.group if la.batch_stats else None for la in every],
         projection=projection is not None,
         identity=identity,
         pool=pool,
     )
     tensors = [t for layer in every for t in layer_tensors(layer)]
+    if not torch.compiler.is_compiling():
+        static = static._replace(running=every)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *tensors)):
         z, *statistics = _Block.apply(static, x, residual, *tensors)
+        if static.running is not None:
+            return z
     else:
         z, _, _, statistics = _forward_block(static, x, residual, tensors, False)
     _update_running(every, statistics, empty=x.numel() == 0)

@@ -124,6 +124,14 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     return twin
 
 
+def _no_scripting(self: Any) -> Any:
+    """torch.jit.script asks here what to compile; it would read the text of ``_forward``."""
+    raise FuseError(
+        "torch.jit.script: found a fused model, supported is its original. Remedy: resnet_fast.unfuse(model), script "
+        "it, then resnet_fast.fuse(model) again"
+    )
+
+
 @contextlib.contextmanager
 def _as_original(module: Any) -> Iterator[None]:
     """``module`` as its original class, for a moment: calls in other threads run the original forward meanwhile."""
@@ -145,6 +153,7 @@ def _fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
         "__doc__": f"{original.__name__}, with its {method} fused by resnet_fast.",
         "__reduce_ex__": _reduce_ex,
         "__deepcopy__": _deepcopy,
+        "__prepare_scriptable__": _no_scripting,
         "_resnet_fast_original": original,
         method: _forward,
     }
@@ -275,6 +284,11 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
             yield _Candidate(name, module, None, kind, "not part of a block or sequence that an adapter knows")
 
 
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
+
+
 def fuse(
     model: M,
     *,
@@ -294,8 +308,7 @@ def fuse(
     Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,
     buffers and hooks are not touched, so optimizers and checkpoints go on as before. :func:`unfuse` undoes it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
+    _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: found {type(filter_fn).__name__}, supported is a callable (name, module) -> bool")
     with dispatch.use_backend(backend):
@@ -320,6 +333,7 @@ def fuse(
 
 def unfuse(model: M) -> M:
     """Undo :func:`fuse`, in place: every module has its original class and forward again. Returns the model."""
+    _check_model(model)
     for module in model.modules():
         if _state(module) is not None:
             _detach(module)
@@ -329,6 +343,7 @@ def unfuse(model: M) -> M:
 @contextlib.contextmanager
 def fused(model: M, **options: Any) -> Iterator[M]:
     """``with fused(model): ...``: fused inside (options as for :func:`fuse`), and afterwards just as it was before."""
+    _check_model(model)
     before = {id(m) for m in model.modules() if _state(m) is not None}
     fuse(model, **options)
     try:
@@ -446,8 +461,7 @@ def explain(
     Returns rows with ``.name``, ``.kind``, ``.status`` ("fused", "partly", "not") and ``.reason``; prints as a table.
     Every convolution and batch norm is accounted for: in a row of its own, or within its block's.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
+    _check_model(model)
     seen: schedule.Inputs = {}
     if input_shape is not None:
         with undisturbed(model):

@@ -7,6 +7,7 @@ fails (a hook on an inner module, say), they run their submodules one after the 
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -52,6 +53,16 @@ def _expect(name: str, module: object, *kinds: type) -> None:
         raise TypeError(f"{name}: found {type(module).__name__}, supported: {supported}")
 
 
+def _expect_integer(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name}: found {value!r}, supported are integers from {least} on")
+
+
+def _expect_sizes(in_channels: object, channels: object, stride: object = 1) -> None:
+    for name, value in (("in_channels", in_channels), ("channels", channels), ("stride", stride)):
+        _expect_integer(name, value)
+
+
 def _conv_bn(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -88,6 +99,20 @@ class ConvBnAct2d(_Fused):
         momentum: float | None = 0.1,
     ) -> None:
         super().__init__()
+        numbers = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size}
+        for name, value in {**numbers, "stride": stride, "dilation": dilation, "groups": groups}.items():
+            _expect_integer(name, value)
+        if padding is not None:
+            _expect_integer("padding", padding, 0)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups: found {groups}, supported are divisors of in_channels = {in_channels} and "
+                f"out_channels = {out_channels}"
+            )
+        if not isinstance(eps, (int, float)) or not eps >= 0:
+            raise ValueError(f"eps: found {eps!r}, supported are numbers from 0 on")
+        if momentum is not None and not isinstance(momentum, (int, float)):
+            raise ValueError(f"momentum: found {momentum!r}, supported are numbers, and None for a cumulative average")
         if padding is None:
             padding = dilation * (kernel_size // 2)
         self.conv = nn.Conv2d(
@@ -197,6 +222,7 @@ class BasicBlock(_Residual):
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
+        _expect_sizes(in_channels, channels, stride)
         self.conv1, self.bn1 = _conv_bn(in_channels, channels, 3, stride)
         self.conv2, self.bn2 = _conv_bn(channels, channels, 3)
         self.downsample = self._shortcut(in_channels, channels, stride)
@@ -220,6 +246,7 @@ class Bottleneck(_Residual):
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1, *, version: str = "v1.5") -> None:
         super().__init__()
+        _expect_sizes(in_channels, channels, stride)
         if version not in ("v1", "v1.5"):
             raise ValueError(f"version: found {version!r}, supported are 'v1' and 'v1.5'")
         first, second = (stride, 1) if version == "v1" else (1, stride)
@@ -254,6 +281,7 @@ class Stem(_Fused):
 
     def __init__(self, in_channels: int = 3, channels: int = 64) -> None:
         super().__init__()
+        _expect_sizes(in_channels, channels)
         self.conv1, self.bn1 = _conv_bn(in_channels, channels, 7, 2)
         self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1)
 

@@ -304,6 +304,28 @@ def block_signature(
     return Signature("block", dtype, tuple(x.shape), shapes, flags)
 
 
+class _Seen(NamedTuple):
+    """What ``collect`` found, and how to know that it would find the same again."""
+
+    watch: Watch
+    key: tuple[Any, ...]
+    found: tuple[list[f.ConvBn], f.ConvBn | None]
+
+
+def _look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> tuple[list[f.ConvBn], f.ConvBn | None]:
+    """``collect``; what it found the last time, where nothing has changed since."""
+    # Which ranks there are decides what a SyncBatchNorm does. The id is safe: see _situation.
+    key = id(module.__dict__), plan, dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    seen: _Seen | None = cache.seen
+    if seen is not None and seen.key == key and seen.watch.unchanged():
+        return seen.found
+    cache.seen = None
+    watch = Watch(module, plan.paths + plan.idle)  # first: what changes meanwhile is seen the next time
+    found = collect(module, plan)
+    cache.seen = _Seen(watch, key, found)
+    return found
+
+
 def why_not_now(module: nn.Module, plan: BlockPlan) -> str | None:
     """Why the block would not run fused if it were called now, or None. What depends on the input is not known here."""
     try:
@@ -317,11 +339,14 @@ def why_not_now(module: nn.Module, plan: BlockPlan) -> str | None:
 
 
 def _transformed() -> bool:
-    """Inside torch.compile, torch.jit.trace, torch.func or forward-mode AD, which must see torch's own ops."""
+    """Inside torch.compile, torch.jit.trace, torch.func, forward-mode AD or a TorchDispatchMode (make_fx, selective
+    checkpointing, FLOP counters), which must see torch's own ops.
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
     )
 
@@ -407,7 +432,7 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
         situation = _situation(module, x, handed)
         folded = cache.recall(situation)
     if folded is None:
-        layers, projection = collect(module, plan)
+        layers, projection = _look(module, plan, cache)
         every = [*layers, projection] if projection else layers
         _check_input(x, every, handed.dtype)
         faster = originals(x.device)
@@ -435,7 +460,7 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
             if handed.inside:
                 return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
             return cast(z, dtype), _OUTSIDE
-        layers, projection = collect(module, plan)
+        layers, projection = _look(module, plan, cache)
     x = narrow(x, handed)
     identity = plan.shortcut == "identity"
     pool, known = _pool(module, plan)
@@ -485,7 +510,8 @@ def _situation(module: nn.Module, x: Tensor, handed: Handed) -> tuple[Any, ...]:
     """What, besides the submodules, decides whether and how a block runs folded. The batch and the size do not."""
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
     channels = x.shape[1] if x.dim() == 4 and x.numel() else 0
-    return id(module), channels, handed.dtype or x.dtype, x.device, autocast, forced_backend()
+    # A watch of the module keeps its __dict__ alive, so that no other module's can come to have the same id.
+    return id(module.__dict__), channels, handed.dtype or x.dtype, x.device, autocast, forced_backend()
 
 
 def _run_folded(

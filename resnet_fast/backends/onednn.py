@@ -128,6 +128,8 @@ def conv_affine_act(
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
         return winograd.conv(x, w, shift.shape[0], shift.float(), residual, relu)
+    # On a filter one tap wide dilation means nothing, but oneDNN 3.12 crashes on a grouped 1x1 with one.
+    dilation = [1 if taps == 1 else d for taps, d in zip(w.shape[2:], dilation, strict=True)]
     if x.dtype == torch.bfloat16 and not _has_bfloat16():
         z = conv_affine_act(
             x.float(),

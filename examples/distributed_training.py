@@ -1,0 +1,81 @@
+"""Train on several processes: torchrun, DistributedDataParallel or FSDP2; NCCL on GPUs, gloo on CPUs.
+
+    torchrun --standalone --nproc-per-node 2 examples/distributed_training.py --steps 3
+    torchrun --standalone --nproc-per-node 2 examples/distributed_training.py --steps 3 --fsdp --sync-batchnorm
+
+Nothing here is resnet_fast's own but ``fuse(model)``, before the model is wrapped. SyncBatchNorm trains fused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import resnet_fast
+from resnet_fast import models
+
+
+def main() -> None:
+    """One rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18", help="a network of resnet_fast.models")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=4, help="images a rank")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--fsdp", action="store_true", help="shard parameters instead of copying them")
+    parser.add_argument("--sync-batchnorm", action="store_true", help="statistics over the batches of all ranks")
+    args = parser.parse_args()
+
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+
+    torch.manual_seed(0)  # the same weights on every rank
+    model: nn.Module = models.create(args.model, num_classes=10).to(device, memory_format=torch.channels_last)
+    if args.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    resnet_fast.fuse(model)
+    if rank == 0:
+        print(f"{world} ranks on {device.type}; {str(resnet_fast.explain(model)).splitlines()[0]}")
+
+    if args.fsdp:
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            fully_shard(getattr(model, name))
+        parallel = fully_shard(model)
+    else:
+        parallel = DistributedDataParallel(model, device_ids=[device.index] if on_gpu else None)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05, momentum=0.9)
+
+    generator = torch.Generator().manual_seed(rank)  # other data on every rank
+    for step in range(1, args.steps + 1):
+        x = torch.randn(args.batch, 3, args.size, args.size, generator=generator)
+        y = torch.randint(10, (args.batch,), generator=generator).to(device)
+        loss = nn.functional.cross_entropy(parallel(x.to(device, memory_format=torch.channels_last)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach()
+        dist.all_reduce(mean)
+        if rank == 0:
+            print(f"step {step}: loss {mean.item() / world:.4f}")
+
+    # Every rank holds the same weights: the sum of their magnitudes tells.
+    total = sum(p.full_tensor().abs().sum() if args.fsdp else p.abs().sum() for p in parallel.parameters()).detach()
+    totals = [torch.empty_like(total) for _ in range(world)]
+    dist.all_gather(totals, total)
+    if rank == 0:
+        print(f"weights are equal on all ranks: {all(torch.equal(t, total) for t in totals)}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

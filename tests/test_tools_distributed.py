@@ -1,0 +1,105 @@
+"""After fuse(): DataParallel, DistributedDataParallel and FSDP2's fully_shard; two processes with gloo on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.tools import FUSED, assert_same_state, fused_rows, images, loss_of, near, pair
+
+ROOT = Path(__file__).parents[1]
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo, which tests on the CPU need"
+)
+
+
+def two_ranks(case: str, folder: Path) -> list[Any]:
+    """Of each rank: what plain and fused left behind."""
+    file = folder / "meeting"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.tools_worker"]
+    ranks = [
+        subprocess.Popen([*command, str(r), "2", str(file), case], cwd=ROOT, stderr=subprocess.PIPE) for r in (0, 1)
+    ]
+    try:
+        errors = [rank.communicate(timeout=180)[1].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    return [torch.load(f"{file}.{r}") for r in (0, 1)]
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["ddp", "static_graph", "find_unused", "bucket_view", "fsdp", "fsdp_mixed", "fsdp_no_reshard"]
+)
+def test_two_processes(case: str, tmp_path: Path) -> None:
+    """Gradients, parameters, buffers and outputs of two steps: those of the unfused model, on every rank."""
+    answers = two_ranks(case, tmp_path)
+    for rank, (plain, ours) in enumerate(answers):
+        plain.pop("rows")
+        assert ours.pop("rows") == FUSED, f"rank {rank}: not fused inside"
+        assert ours.keys() == plain.keys()
+        for name, value in plain.items():
+            what = f"rank {rank}, {name}"
+            if case == "fsdp_mixed":
+                scale = value.abs().max().item()
+                torch.testing.assert_close(
+                    ours[name], value, rtol=0.1, atol=0.1 * scale + 0.02, msg=lambda m, what=what: f"{what}: {m}"
+                )
+            else:
+                near(ours[name], value, what)
+    for name, value in answers[0][1].items():
+        if name.startswith(("grad", "parameter")):
+            assert torch.equal(value, answers[1][1][name]), f"{name} differs between ranks"
+
+
+def test_data_parallel_on_the_cpu() -> None:
+    """Without GPUs it calls the module; keys get its prefix and lose it again."""
+    plain, ours = pair()
+    parallel = nn.DataParallel(ours)
+    loss_of(parallel, images()).backward()
+    loss_of(plain, images()).backward()
+    assert_same_state(parallel.module, plain)
+    assert fused_rows(parallel) == FUSED
+
+
+def test_replicas_have_guards_of_their_own() -> None:
+    """DataParallel's replicas share a module's state: each is looked at by itself, and none is taken for another."""
+    plain, ours = pair(train=False)
+    with torch.no_grad():
+        expected = ours(images())
+        for factor in (1.0, 2.0, 0.5):
+            replicas = []
+            for model in (ours, plain):
+                replica = model._replicate_for_data_parallel()
+                replica.stem = model.stem._replicate_for_data_parallel()
+                for i, name in enumerate(("0", "1", "2")):
+                    child = model.stem[i]._replicate_for_data_parallel()
+                    for key, p in model.stem[i]._parameters.items():  # as torch.nn.parallel.replicate does
+                        if p is None:
+                            child._parameters[key] = None
+                        else:
+                            setattr(child, key, p * factor)
+                    replica.stem._modules[name] = child
+                replicas.append(replica)
+            near(replicas[0](images()), replicas[1](images()), f"factor {factor}")
+            assert torch.equal(ours(images()), expected)
+
+
+@pytest.mark.gpu
+def test_data_parallel_on_gpus() -> None:
+    plain, ours = (m.cuda() for m in pair())
+    parallel = nn.DataParallel(ours)
+    for _ in range(2):
+        loss_of(parallel, images(8).cuda()).backward()
+        loss_of(nn.DataParallel(plain), images(8).cuda()).backward()
+    assert_same_state(ours, plain)

@@ -1,0 +1,93 @@
+"""One rank of test_tools_distributed.py: `python -m tests.tools_worker RANK WORLD FILE CASE` leaves FILE.RANK."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import resnet_fast
+from tests.tools import fused_rows, images, loss_of, small
+
+
+class Unused(nn.Module):
+    """A network of which every other step leaves a block out."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.net.stem(x)
+        if self.calls % 2:
+            x = self.net.layer1(x)
+        return self.net.head(self.net.layer2(x).mean((2, 3)))
+
+
+def wrapped(case: str, model: nn.Module) -> nn.Module:
+    if case == "ddp":
+        return DistributedDataParallel(model)
+    if case == "static_graph":
+        return DistributedDataParallel(model, static_graph=True)
+    if case == "bucket_view":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    if case == "find_unused":
+        return DistributedDataParallel(Unused(model), find_unused_parameters=True)
+    policy: dict[str, Any] = {}
+    if case == "fsdp_mixed":
+        policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if case == "fsdp_no_reshard":
+        policy["reshard_after_forward"] = False
+    for stage in (model.layer1, model.layer2):  # type: ignore[union-attr]
+        for block in stage:  # type: ignore[union-attr]
+            fully_shard(block, **policy)
+    return fully_shard(model, **policy)
+
+
+def full(t: Any) -> Tensor:
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach().float()
+
+
+def train(case: str, rank: int, fused: bool) -> dict[str, Any]:
+    """Two steps; whole gradients of the last, whole parameters and buffers after it; eval's output."""
+    model = small()
+    if fused:
+        resnet_fast.fuse(model)
+    parallel = wrapped(case, model)
+    rows = 0
+    optimizer = torch.optim.SGD(parallel.parameters(), 0.01, momentum=0.9)
+    for i in range(2):
+        optimizer.zero_grad()
+        x = images(8)[rank::2] + i
+        loss_of(parallel, x).backward()
+        rows = fused_rows(model)
+        optimizer.step()
+    answer: dict[str, Any] = {"rows": rows}
+    for name, p in parallel.named_parameters():
+        answer[f"grad {name}"] = torch.zeros(()) if p.grad is None else full(p.grad)
+        answer[f"parameter {name}"] = full(p)
+    answer |= {f"buffer {name}": full(b) for name, b in parallel.named_buffers()}
+    parallel.eval()
+    with torch.no_grad():
+        answer["first"] = full(parallel(images(3)))
+        answer["second"] = full(parallel(images(3)))
+    return answer
+
+
+def main(rank: int, world: int, file: str, case: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    torch.save([train(case, rank, fused) for fused in (False, True)], f"{file}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
