@@ -12,9 +12,21 @@ from typing import Any
 
 from torch import nn
 
-from ..plan import BlockPlan, ConvBnPath, HostPlan, Opaque, Part
+from ..plan import BlockPlan, Check, ConvBnPath, HostPlan, Join, Norm, Opaque, Part
 
-__all__ = ["Adapter", "BlockPlan", "ConvBnPath", "HostPlan", "Opaque", "Part", "shortcut", "text_of"]
+__all__ = [
+    "Adapter",
+    "BlockPlan",
+    "Check",
+    "ConvBnPath",
+    "HostPlan",
+    "Join",
+    "Norm",
+    "Opaque",
+    "Part",
+    "shortcut",
+    "text_of",
+]
 
 #: An adapter: a block -> its plan, the reason why it cannot be fused, or None.
 Adapter = Callable[[Any], "BlockPlan | HostPlan | str | None"]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Part, shortcut, text_of
+from . import sequential
+from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Norm, Part, shortcut, text_of
 
 CHAIN = (ConvBnPath("conv1", "bn1", "relu"),)
 STEM = BlockPlan("stem", CHAIN, pool="maxpool")
@@ -35,8 +36,17 @@ def stem(net: Any) -> HostPlan | str:
     return HostPlan("stem", (STEM,), "_forward_impl", _forward)
 
 
+def layers(net: Any) -> HostPlan | str | None:
+    """IntermediateLayerGetter, the body of detection and segmentation models: a network's children, some returned."""
+    if text_of(type(net).forward) not in ("b0287c1eb639f14e",):
+        return "this torchvision's IntermediateLayerGetter.forward is not the one that is known here"
+    return sequential.children(net, "forward", net.return_layers)
+
+
 ADAPTERS: dict[str, Adapter] = {
     "torchvision.models.resnet.BasicBlock": basic,
     "torchvision.models.resnet.Bottleneck": bottleneck,
     "torchvision.models.resnet.ResNet": stem,
+    "torchvision.models._utils.IntermediateLayerGetter": layers,
 }
+NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d": Norm(frozen=True)}
