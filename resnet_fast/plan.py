@@ -32,8 +32,10 @@ __all__ = [
     "Norm",
     "Opaque",
     "Refusal",
+    "check_idle",
     "check_plain",
     "find",
+    "is_idle",
     "norm_of",
     "program",
     "run",
@@ -117,7 +119,7 @@ class BlockPlan:
         shortcut: None (a chain), "identity", a :class:`ConvBnPath` (a projection, without ``act``), or
             :class:`Opaque`: a submodule that is called as it is, and its output added. "given", in the parts of a
             :class:`HostPlan`: the tensor that ``part`` is called with.
-        idle: paths of what must be absent, None or nn.Identity, because the plan leaves it out.
+        idle: paths of what must be absent, None, nn.Identity or an empty nn.Sequential: the plan leaves it out.
         pool: path of the pooling behind a chain. In training nn.MaxPool2d(3, 2, padding=1) runs in one pass with the
             batch norm and ReLU before it; another pooling, or none, is called as it is. True where the block calls
             F.max_pool2d(x, 3, 2, 1) as a function.
@@ -253,6 +255,18 @@ def check_plain(path: str, m: nn.Module) -> None:
         raise Refusal(f"{path}.forward was replaced")
 
 
+def is_idle(m: nn.Module) -> bool:
+    """Whether ``m`` hands on what it gets: nn.Identity, or an nn.Sequential of nothing."""
+    return type(m) is nn.Identity or (type(m) is nn.Sequential and not m._modules)
+
+
+def check_idle(path: str, m: nn.Module) -> None:
+    """Refuse what a plan has left out and now does something."""
+    if not is_idle(m):
+        raise Refusal(f"{path} is {type(m).__name__}, which stands between the fused layers")
+    check_plain(path, m)
+
+
 def _conv(module: nn.Module, path: str) -> nn.Conv2d:
     conv = find(module, path, plain=True)
     if type(conv) is not nn.Conv2d:
@@ -361,9 +375,7 @@ def _collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.Conv
         m = find(module, path, plain=True)
         if m is None:
             continue
-        if type(m) is not nn.Identity:
-            raise Refusal(f"{path} is {type(m).__name__}, which stands between the fused layers")
-        check_plain(path, m)
+        check_idle(path, m)
     return layers, projection
 
 

@@ -15,8 +15,10 @@ def _layer(name: str, act: bool = True) -> ConvBnPath:
 
 
 def _block(kind: str, count: int, block: Any) -> BlockPlan:
-    side = "identity" if block.shortcut is None else _layer("shortcut", act=False)
-    return BlockPlan(kind, tuple(_layer(f"conv{i}") for i in range(1, count + 1)), side)
+    layers = tuple(_layer(f"conv{i}") for i in range(1, count + 1))
+    if block.shortcut is None:
+        return BlockPlan(kind, layers, "identity", idle=("shortcut",))
+    return BlockPlan(kind, layers, _layer("shortcut", act=False))
 
 
 def basic(block: Any) -> BlockPlan:

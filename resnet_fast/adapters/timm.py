@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..plan import Refusal, norm_of
 from . import sequential, tracing
-from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Norm, Part, shortcut, text_of
+from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Norm, Part, residual, text_of
 
 _EXTRAS = ("se", "aa", "drop_block", "drop_path")
 
@@ -27,7 +27,7 @@ def _block(kind: str, count: int, block: Any) -> BlockPlan | HostPlan | str:
     inner = any((norm := norm_of(type(getattr(block, f"bn{i}")))) and norm.inner for i in range(1, count + 1))
     if not extras and not inner:
         layers = tuple(ConvBnPath(f"conv{i}", f"bn{i}", f"act{i}") for i in range(1, count + 1))
-        return BlockPlan(kind, layers, shortcut(block, "downsample"), idle=_EXTRAS)
+        return residual(kind, layers, block, idle=_EXTRAS)
     plan = tracing.plan(block, kind)
     if plan is None:
         found = ", ".join(f"bn{i} is {type(getattr(block, f'bn{i}')).__name__}" for i in range(1, count + 1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import sequential
-from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Norm, Part, shortcut, text_of
+from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Norm, Part, residual, text_of
 
 CHAIN = (ConvBnPath("conv1", "bn1", "relu"),)
 STEM = BlockPlan("stem", CHAIN, pool="maxpool")
@@ -17,11 +17,11 @@ BOTTLENECK = tuple(ConvBnPath(f"conv{i}", f"bn{i}", "relu") for i in (1, 2, 3))
 
 
 def basic(block: Any) -> BlockPlan:
-    return BlockPlan("basic", BASIC, shortcut(block, "downsample"))
+    return residual("basic", BASIC, block)
 
 
 def bottleneck(block: Any) -> BlockPlan:
-    return BlockPlan("bottleneck", BOTTLENECK, shortcut(block, "downsample"))
+    return residual("bottleneck", BOTTLENECK, block)
 
 
 def _forward(net: Any, x: Tensor, part: Part) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..plan import Refusal, check_plain, find, norm_of
+from ..plan import Refusal, check_idle, check_plain, find, is_idle, norm_of
 from .common import BlockPlan, Check, ConvBnPath, HostPlan, Join, Part
 from .text import Unreadable, attributes
 
@@ -53,10 +53,11 @@ def _plan(module: nn.Module, kind: str | None, is_block: Callable[[nn.Module], b
     if len(parameters) != 1 or parameters[0].kind not in (parameters[0].POSITIONAL_OR_KEYWORD, 0):
         raise Unreadable("its forward does not take one input")
     inner = dict(_inner(module, "", is_block, fixed))
+    holds = bool(inner)
     while True:
         graph = _trace(module, inner, fixed)
         parts = [p for p in _parts(module, graph) if _common(p.owners) == ""]
-        if not any(p.layers for p in parts):
+        if not any(p.layers for p in parts) and not (parts and holds):
             return None
         # What no part reaches into from outside is called as it is, and planned by itself.
         owners = {owner for p in parts for owner in p.owners}
@@ -108,6 +109,8 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self._inner
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if type(m) is nn.ReLU and m not in (self.submodule_paths or {}):  # made on the spot: nn.ReLU()(x)
+            return F.relu(*args, **kwargs)
         name = self.path_of_module(m)
         if name not in self._inner:
             return super().call_module(m, forward, args, kwargs)
@@ -213,11 +216,16 @@ def _of(module: nn.Module, node: fx.Node) -> nn.Module | None:
     return find(module, str(node.target))
 
 
+def _is_idle(module: nn.Module, node: fx.Node) -> bool:
+    m = _of(module, node)
+    return m is not None and is_idle(m)
+
+
 def _next(module: nn.Module, node: fx.Node, passed: list[fx.Node]) -> fx.Node | None:
     """The only user of ``node``, past nn.Identity modules, which go into ``passed``; None where there are several."""
     while len(node.users) == 1:
         (node,) = node.users
-        if type(_of(module, node)) is not nn.Identity:
+        if not _is_idle(module, node):
             return node
         passed.append(node)
     return None
@@ -290,7 +298,7 @@ def _chains(module: nn.Module, graph: fx.Graph) -> list[_Found]:
 
 def _behind(module: nn.Module, node: Any, passed: list[fx.Node]) -> Any:
     """What ``node`` stands for, back past nn.Identity modules, which go into ``passed``."""
-    while isinstance(node, fx.Node) and type(_of(module, node)) is nn.Identity and len(node.users) == 1:
+    while isinstance(node, fx.Node) and _is_idle(module, node) and len(node.users) == 1:
         passed.append(node)
         node = node.args[0]
     return node if isinstance(node, fx.Node) else None
@@ -429,7 +437,7 @@ def _kind(part: _Found) -> str:
 
 def _is_worth_a_word(m: nn.Module) -> bool:
     """It runs as it is, and has no row of its own in explain()."""
-    return type(m) is not nn.Identity and not holds_run(m)
+    return not is_idle(m) and not holds_run(m)
 
 
 def _call_part(part: Part, i: int, *args: Tensor) -> Tensor:
@@ -470,9 +478,7 @@ def _assemble(
         check(module)
         for path in idle:
             if (m := find(module, path, plain=True)) is not None:
-                if type(m) is not nn.Identity:
-                    raise Refusal(f"{path} is {type(m).__name__}, which stands between the fused layers")
-                check_plain(path, m)
+                check_idle(path, m)
         return text(module, x, part)
 
     left, whole = "", kind or "traced"

@@ -35,7 +35,7 @@ def _block(kind: str, block: Any) -> BlockPlan | str:
     layers[-1] = ConvBnPath(layers[-1].conv, layers[-1].bn, "activation")
     side = block.shortcut
     if type(side) is nn.Identity:
-        return BlockPlan(kind, tuple(layers), "identity", idle)
+        return BlockPlan(kind, tuple(layers), "identity", (*idle, "shortcut"))
     if type(side).__name__ in _SHORTCUTS:
         return BlockPlan(kind, tuple(layers), ConvBnPath("shortcut.convolution", "shortcut.normalization"), idle)
     return BlockPlan(kind, tuple(layers), Opaque("shortcut"), idle)
