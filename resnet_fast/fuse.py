@@ -274,6 +274,7 @@ def _candidates(model: nn.Module, generic: bool = False, why: bool = False) -> I
         if verdict is None or verdict is _STAGE:
             continue
         if isinstance(verdict, adapters.Unfit):
+            covered.update(map(id, module.modules()) if verdict.alone else ())
             yield _Candidate(name, module, None, verdict.kind, verdict.reason)
             continue
         for plan in _parts(verdict):

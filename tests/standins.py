@@ -1,8 +1,8 @@
 """Networks of styles that no tested library has: detectron2's blocks, and those of CIFAR repositories.
 
 detectron2 is not installable from the index: its classes' names, attributes and structure are built here, so that
-fuse() takes them for detectron2's own. The CIFAR-style blocks are as repositories write them: ReLU as a function, a shortcut
-that is an empty Sequential or a lambda, branches as Sequentials.
+fuse() takes them for detectron2's own. The CIFAR-style blocks are as repositories write them: ReLU as a function, a
+shortcut that is an empty Sequential or a lambda, branches as Sequentials.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class FrozenBatchNorm2d(nn.Module):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.register_buffer("weight", torch.rand(num_features) + 0.5)
-        self.register_buffer("bias", 0.2 * torch.randn(num_features))
-        self.register_buffer("running_mean", 0.1 * torch.randn(num_features))
-        self.register_buffer("running_var", torch.rand(num_features) + 0.5)
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features) - eps)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps)

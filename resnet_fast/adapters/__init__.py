@@ -25,7 +25,7 @@ from . import (
     tracing,
     transformers,
 )
-from .common import Adapter
+from .common import Adapter, Alone
 
 __all__ = ["Adapter", "Unfit", "look", "register", "trace"]
 
@@ -42,10 +42,11 @@ _REGISTERED: dict[type[nn.Module], Adapter] = {}
 
 
 class Unfit(NamedTuple):
-    """A block that an adapter knows and cannot fuse."""
+    """A block that an adapter knows and cannot fuse. ``alone``: nor anything inside it."""
 
     kind: str
     reason: str
+    alone: bool = False
 
 
 def register(cls: type[nn.Module], adapter: Adapter) -> None:
@@ -64,7 +65,7 @@ def look(module: nn.Module, cls: type[nn.Module]) -> BlockPlan | HostPlan | Unfi
         return None
     verdict = adapter(module)
     if isinstance(verdict, str):
-        return Unfit(cls.__name__, verdict)
+        return Unfit(cls.__name__, str(verdict), isinstance(verdict, Alone))
     if verdict is not None and not isinstance(verdict, (BlockPlan, HostPlan)):
         raise TypeError(
             f"the adapter of {cls.__qualname__} returned {type(verdict).__name__}, "

@@ -16,6 +16,7 @@ from ..plan import BlockPlan, Check, ConvBnPath, HostPlan, Join, Norm, Opaque, P
 
 __all__ = [
     "Adapter",
+    "Alone",
     "BlockPlan",
     "Check",
     "ConvBnPath",
@@ -28,6 +29,11 @@ __all__ = [
     "shortcut",
     "text_of",
 ]
+
+
+class Alone(str):
+    """A reason why a module cannot be fused that holds for everything inside it, too."""
+
 
 #: An adapter: a block -> its plan, the reason why it cannot be fused, or None.
 Adapter = Callable[[Any], "BlockPlan | HostPlan | str | None"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import sequential
-from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, Norm, Part, residual, text_of
+from .common import Adapter, Alone, BlockPlan, ConvBnPath, HostPlan, Norm, Part, residual, text_of
 
 CHAIN = (ConvBnPath("conv1", "bn1", "relu"),)
 STEM = BlockPlan("stem", CHAIN, pool="maxpool")
@@ -43,10 +43,22 @@ def layers(net: Any) -> HostPlan | str | None:
     return sequential.children(net, "forward", net.return_layers)
 
 
+def quantizable(net: Any) -> str:
+    return Alone("quantizable: torch.ao.quantization fuses and converts its layers itself")
+
+
+_QUANTIZABLE = (
+    *("resnet.QuantizableResNet", "resnet.QuantizableBasicBlock", "resnet.QuantizableBottleneck"),
+    *("googlenet.QuantizableGoogLeNet", "inception.QuantizableInception3"),
+    *("mobilenetv2.QuantizableMobileNetV2", "mobilenetv3.QuantizableMobileNetV3"),
+    "shufflenetv2.QuantizableShuffleNetV2",
+)
+
 ADAPTERS: dict[str, Adapter] = {
     "torchvision.models.resnet.BasicBlock": basic,
     "torchvision.models.resnet.Bottleneck": bottleneck,
     "torchvision.models.resnet.ResNet": stem,
     "torchvision.models._utils.IntermediateLayerGetter": layers,
+    **{f"torchvision.models.quantization.{name}": quantizable for name in _QUANTIZABLE},
 }
 NORMS = {"torchvision.ops.misc.FrozenBatchNorm2d": Norm(frozen=True)}
