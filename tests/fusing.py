@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
+from resnet_fast import models
 from resnet_fast.plan import ConvBnPath, find
 
 
@@ -30,6 +31,27 @@ def calibrated(model: nn.Module, seed: int = 0) -> nn.Module:
                 m.running_mean.normal_(0, 0.1, generator=generator)
                 m.running_var.uniform_(0.5, 1.5, generator=generator)
     return model
+
+
+#: What the small network of the tests of fuse() gets.
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Module:
+    """A calibrated CIFAR ResNet-20, in eval."""
+    torch.manual_seed(0)
+    return calibrated(models.cifar_resnet20()).eval()
+
+
+def statuses(model: nn.Module) -> set[str]:
+    """Which statuses occur in explain()."""
+    return {row.status for row in resnet_fast.explain(model)}
+
+
+def run(model: nn.Module, x: Tensor = X) -> Tensor:
+    """The model's output, without gradients."""
+    with torch.no_grad():
+        return model(x)
 
 
 def first_tensor(out: object) -> Tensor:
@@ -107,8 +129,8 @@ def compare(
     plain.to(dtype)
     plain_cl = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     ours = resnet_fast.fuse(copy.deepcopy(plain), generic=generic)
-    models = (ours, plain, plain_cl, judge)
-    mine, *theirs, ref = (measure(m, x.to(torch.float64 if m is judge else dtype), train) for m in models)
+    four = (ours, plain, plain_cl, judge)
+    mine, *theirs, ref = (measure(m, x.to(torch.float64 if m is judge else dtype), train) for m in four)
     for kind in ("eval", "train", "buffers"):
         for name, value in ref[kind].items():
             if value.is_floating_point():

@@ -42,7 +42,6 @@ _KNOWN = frozenset(
 _OF_MODULES = frozenset(("children", "named_children", "modules", "named_modules", "training", "_modules"))
 _CHANGES = (frozenset(dir(nn.Module)) - frozenset(dir(Tensor)) - _OF_MODULES) | {
     *("no_grad", "enable_grad", "inference_mode", "autocast", "manual_seed", "seed", "compile", "load", "save"),
-    "forward",  # past __call__, so that a child's hooks and borders would not be seen
 }
 #: Steps of bytecode that stand for ``with`` and ``try``: what they do at the time of tracing is not in the trace.
 _BLOCKS = ("WITH_EXCEPT_START", "PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH")
@@ -125,6 +124,8 @@ def attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 def _attribute(module: nn.Module, name: str, found: dict[str, Any]) -> list[FunctionType]:
     """Enter ``module.name`` into ``found``, if it is one; returns the functions behind it, to be read as well."""
+    if name == "forward":  # past __call__: a child's hooks and borders would not be seen
+        raise Unreadable("it calls .forward")
     if _asks_state(name):
         raise Unreadable(f"it asks .{name}, whose answer may change")
     if name in module._modules or name in module._parameters or name in module._buffers:

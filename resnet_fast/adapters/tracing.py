@@ -97,6 +97,18 @@ def _inner(
         yield from below
 
 
+def _in_place(operation: Callable[..., Any]) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+class _Value(fx.Proxy):
+    """fx's stand-in for a tensor, but that ``x += y`` stays what it is: fx's own makes a sum of it, written nowhere."""
+
+
+for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(_Value, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
+
+
 class _Tracer(fx.Tracer):
     """Traces through ``inner``; every node knows in whose text it stands."""
 
@@ -104,6 +116,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.proxy_buffer_attributes = True
         self._inner, self._owners = inner, [""]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._inner

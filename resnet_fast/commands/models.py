@@ -16,7 +16,7 @@ __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "insert", "load", "markdo
 DESCRIPTION = """\
 Which models of which library are fused, what of them is left as it is, and why. The table is made of the data that the
 tests iterate over (resnet_fast/adapters/support.json): each example is built with random weights and compared with its
-original, in eval and in training, and its counts of batch norms are checked. For a model of your own: explain(model)."""
+original, in eval and in training, and its counts of batch norms are checked. For your own model: explain(model)."""
 
 EXAMPLES = """\
 examples:
