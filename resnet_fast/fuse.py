@@ -269,8 +269,8 @@ def _candidates(model: nn.Module, generic: bool = False, why: bool = False) -> I
             continue
         state = _state(module)
         verdict = state.plan if state else adapters.look(module, _original_class(module))
-        if generic and verdict is None and not isinstance(traced := adapters.trace(module), str):
-            verdict = traced
+        if generic and verdict is None and not isinstance(found := adapters.trace(module), str):
+            verdict = found
         if verdict is None or verdict is _STAGE:
             continue
         if isinstance(verdict, adapters.Unfit):
@@ -280,29 +280,33 @@ def _candidates(model: nn.Module, generic: bool = False, why: bool = False) -> I
         for plan in _parts(verdict):
             covered.update(_ids(module, plan))
         yield _Candidate(name, module, verdict, verdict.kind, "")
+    traced: dict[str, Any] = {}
     for name, module in model.named_modules():
         if id(module) not in covered and isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
-            reason = _unknown(model, name) if why else _UNKNOWN
+            reason = _unknown(model, name, traced) if why else _UNKNOWN
             yield _Candidate(name, module, None, type(module).__name__, reason)
 
 
 _UNKNOWN = "not part of a block or sequence that an adapter knows"
 
 
-def _unknown(model: nn.Module, name: str) -> str:
-    """Why the convolution or norm ``name`` is covered by nothing: what a trace makes of the module around it."""
+def _unknown(model: nn.Module, name: str, traced: dict[str, Any]) -> str:
+    """Why the convolution or norm ``name`` is covered by nothing: what a trace makes of the module around it.
+
+    ``traced``: what traces made of modules so far.
+    """
     around = name.rpartition(".")[0]
-    traced = None if _state(find(model, around) if around else model) else _traced(model, around)
-    if isinstance(traced, str):
-        return f"{_UNKNOWN}; {around or 'the model'} {traced}"
+    while around and isinstance(find(model, around), (nn.ModuleList, nn.ModuleDict)):
+        around = around.rpartition(".")[0]
     module = find(model, around) if around else model
-    if traced is not None and id(find(model, name)) in {i for part in _parts(traced) for i in _ids(module, part)}:
+    if around not in traced:
+        traced[around] = None if _state(module) else adapters.trace(module)
+    found = traced[around]
+    if isinstance(found, str):
+        return f"{_UNKNOWN}; {around or 'the model'} {found}"
+    if found is not None and id(find(model, name)) in {i for part in _parts(found) for i in _ids(module, part)}:
         return f"{_UNKNOWN}; fuse(model, generic=True) fuses it"
     return f"{_UNKNOWN}; no convolution and batch norm follow each other here"
-
-
-def _traced(model: nn.Module, path: str) -> BlockPlan | HostPlan | str | None:
-    return adapters.trace(find(model, path) if path else model)
 
 
 def fuse(
@@ -323,7 +327,8 @@ def fuse(
         strict: raise :class:`FuseError`, and leave the model as it was, if a block cannot be fused whole.
         generic: also look into modules that no adapter knows: their forwards are traced by torch.fx, and every run of
             convolution, batch norm and ReLU, with the sum behind it, is fused where it stands. What cannot be traced
-            (branches on tensors, isinstance, several inputs) stays as it is.
+            (branches on tensors, isinstance, several inputs) stays as it is. Tracing replaces nn.Module.__call__ for
+            a moment: no other thread should run a model meanwhile.
 
     Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,
     buffers and hooks are not touched, so optimizers and checkpoints go on as before. :func:`unfuse` undoes it.

@@ -306,6 +306,8 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
         raise Refusal(f"{paths.bn} is {type(bn).__name__}, supported is torch.nn.BatchNorm2d")
     if norm.inner and (type(bn.drop) is not nn.Identity or not (paths.has_inner_act or type(bn.act) is nn.Identity)):
         raise Refusal(f"{paths.bn} ends in {type(bn.drop).__name__}, {type(bn.act).__name__} of its own")
+    if paths.has_inner_act and not norm.inner:  # convert_sync_batchnorm keeps the submodule, and does not call it
+        raise Refusal(f"{paths.bn} is {type(bn).__name__}, which has no activation of its own")
     # nn.BatchNorm2d.forward's rules: what it normalises by, and whether it updates its buffers.
     training, keeps, momentum, counter, group = False, True, None, None, None
     if not norm.frozen:

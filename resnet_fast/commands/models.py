@@ -40,7 +40,7 @@ def load() -> list[dict[str, Any]]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    tested = ", ".join(f"{e['name']} {e['norms'][0]}/{e['norms'][1]}" for e in row["examples"])
+    tested = "; ".join(f"{e['name']} {e['norms'][0]}/{e['norms'][1]}" for e in row["examples"])
     return [row["library"], row["models"], row["fused"], row["left"] or "nothing", tested]
 
 
@@ -63,10 +63,12 @@ def insert(text: str, body: str) -> str:
 
 
 def _text() -> str:
-    widths = (16, 26, 34, 34, 34)
+    widths = (27, 26, 34, 34, 34)
     lines: list[list[str]] = [_HEAD]
     for row in load():
-        columns = [textwrap.wrap(cell, width) for cell, width in zip(_cells(row), widths, strict=True)]
+        columns = [
+            textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(_cells(row), widths, strict=True)
+        ]
         height = max(map(len, columns))
         lines += [[column[i] if i < len(column) else "" for column in columns] for i in range(height)]
         lines.append([""] * len(_HEAD))
