@@ -67,6 +67,6 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file.write_text(f"a\n{models.END}{models.BEGIN}\n")
     assert main(["models", "--write", str(file)]) == 2
     assert models.BEGIN in capsys.readouterr().err
-    file.write_text(f"a\n{models.BEGIN}\nold\n{models.END}\nb\n")
+    file.write_text(f"a\n{models.BEGIN}\na stale line\n{models.END}\nb\n")
     assert main(["models", "--write", str(file)]) == 0
-    assert "old" not in file.read_text() and "| torchvision |" in file.read_text()
+    assert "a stale line" not in file.read_text() and "| torchvision |" in file.read_text()
