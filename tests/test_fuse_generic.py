@@ -205,6 +205,25 @@ def past_call(self: Any, x: Tensor) -> Tensor:
     return self.relu.forward(self.bn1(self.conv1(x)))
 
 
+class Parent(Base):
+    def head(self, x: Tensor) -> Tensor:
+        return self.inner(x) * random.random()
+
+
+class Child(Parent):
+    def head(self, x: Tensor) -> Tensor:
+        return super().head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def test_what_super_calls_is_read() -> None:
+    model = resnet_fast.fuse(Child(), generic=True)
+    assert not parts(model)
+    assert "Parent.head depends on random" in resnet_fast.explain(model)[0].reason
+
+
 def two_inputs(self: Any, x: Tensor, y: Tensor | None = None) -> Tensor:
     return self.inner(x)
 

@@ -122,6 +122,15 @@ def attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(found.items()))
 
 
+def _function(value: Any) -> FunctionType | None:
+    """The function behind a method or property; None where it is something else."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    if isinstance(value, property):
+        value = value.fget
+    return value if isinstance(value, FunctionType) else None
+
+
 def _attribute(module: nn.Module, name: str, found: dict[str, Any]) -> list[FunctionType]:
     """Enter ``module.name`` into ``found``, if it is one; returns the functions behind it, to be read as well."""
     if name == "forward":  # past __call__: a child's hooks and borders would not be seen
@@ -141,16 +150,12 @@ def _attribute(module: nn.Module, name: str, found: dict[str, Any]) -> list[Func
             torchs = str(value.__module__).partition(".")[0] == "torch" or isinstance(value, BuiltinFunctionType)
             return [] if torchs else [value]  # type: ignore[list-item]
         raise Unreadable(f"it reads .{name}, a {type(value).__name__}, whose contents may change")
-    value = inspect.getattr_static(type(module), name, None)
-    if value is not None and str(getattr(value, "__module__", "")).partition(".")[0] != "torch":
-        if isinstance(value, (staticmethod, classmethod)):
-            value = value.__func__
-        if isinstance(value, property):
-            value = value.fget
-        if isinstance(value, FunctionType):
-            return [value]
-        if isinstance(value, _CONSTANTS):
-            return []
+    # Every class's own, for super() may call each; torch's are known by name.
+    ours = [cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] not in ("torch", "builtins")]
+    values = [vars(cls)[name] for cls in ours if name in vars(cls)]
+    functions = [f for value in values for f in (_function(value),) if f is not None]
+    if functions or any(isinstance(value, _CONSTANTS) for value in values):
+        return functions
     if name in _CHANGES:
         raise Unreadable(f"it uses .{name}")
     if name not in _KNOWN:
