@@ -24,6 +24,7 @@ examples:
   resnet-fast info                                 what is installed, and which kernels can run here
   resnet-fast bench                                ResNet-50: equality, then speed against torch's eager and compile
   resnet-fast bench --model timm:resnet34 --batch 1,8 --dtype bfloat16
+  resnet-fast models                               which models are fused, and what of them is left
   resnet-fast bench --model mypkg.nets:make --images photos/ --mode training
 """
 

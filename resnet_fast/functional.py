@@ -8,6 +8,7 @@ written to memory is the backend's affair. Its backward forms the masks inside t
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from .dispatch import forced_backend, fused_sums, hook, tuned, use_backend
 __all__ = [
     "ConvBn",
     "LayoutWarning",
+    "add_relu",
     "conv_bn_act",
     "residual_block",
     "to_channels_last",
@@ -698,3 +700,37 @@ def _residual_block(
 def conv_bn_act(x: Tensor, layer: ConvBn) -> Tensor:
     """z = relu(bn(conv(x))), or without the ReLU where ``layer.relu`` is False. See :func:`residual_block`."""
     return residual_block(x, [layer])
+
+
+class _AddRelu(torch.autograd.Function):
+    """z = relu(x + residual); one bit per value is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor) -> Tensor:
+        z, mask = ops.affine_act_mask(x, *_unit(x), residual)
+        ctx.backend = forced_backend()
+        ctx.save_for_backward(mask)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        dz = to_channels_last(dz)
+        with use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():
+            g = ops.affine_act_backward(dz, mask, dz, _unit(dz)[1])[0]  # its sums are of no use here
+        return tuple(g if needed else None for needed in ctx.needs_input_grad)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """scale 1 and shift 0 for every channel of ``x``."""
+    zero = torch.zeros(x.shape[1], dtype=ops.stats_dtype(x.dtype), device=x.device)
+    return zero + 1, zero
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """z = relu(x + residual), (N, K, P, Q) of one shape, dtype and device; differentiable once, channels-last."""
+    x, residual = to_channels_last(x), to_channels_last(residual)
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
+        return _AddRelu.apply(x, residual)
+    return ops.affine_act(x, *_unit(x), residual)

@@ -24,12 +24,14 @@ from .plan import (
     BlockPlan,
     Handed,
     HostPlan,
+    Join,
     Opaque,
     Refusal,
     find,
     narrow,
     program,
     run,
+    run_join,
     run_unfused,
     stage_situation,
     why_not_now,
@@ -57,7 +59,7 @@ class _State:
         self.program: Program | None = None  # of a stage
 
 
-def _parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan, ...]:
+def _parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan | Join, ...]:
     return plan.parts if isinstance(plan, HostPlan) else (plan,)
 
 
@@ -79,13 +81,16 @@ def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
                 setattr(z, _HANDED, on)
             return z
 
-        def part(i: int, x: Tensor) -> Tensor:
+        def part(i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
             nonlocal refusal
+            what = plan.parts[i]
             try:
-                return run(self, plan.parts[i], x, state.caches[i], state.backend)[0]
+                if isinstance(what, Join):
+                    return run_join(self, what, x, residual, state.backend)
+                return run(self, what, x, state.caches[i], state.backend, residual=residual)[0]
             except Refusal as error:
                 refusal = str(error)
-            return run_unfused(self, plan.parts[i], x)
+            return run_unfused(self, what, x, residual)
 
         return plan.forward(self, x, part)
     except Refusal as error:
@@ -254,7 +259,7 @@ def _original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_resnet_fast_original", type(module))
 
 
-def _ids(module: nn.Module, plan: BlockPlan) -> Iterator[int]:
+def _ids(module: nn.Module, plan: BlockPlan | Join) -> Iterator[int]:
     """The submodules that a plan takes over, and the containers on the way to them."""
     for path in plan.paths:
         names = path.split(".")
@@ -262,26 +267,55 @@ def _ids(module: nn.Module, plan: BlockPlan) -> Iterator[int]:
             yield id(find(module, ".".join(names[:end])))
 
 
-def _candidates(model: nn.Module) -> Iterator[_Candidate]:
-    """Every module that an adapter knows, and every convolution or norm that none of them covers."""
+def _candidates(model: nn.Module, generic: bool = False, why: bool = False) -> Iterator[_Candidate]:
+    """Every module that an adapter knows, and every convolution or norm that none of them covers.
+
+    ``generic``: what no adapter knows is traced. ``why``: say of the uncovered ones what a trace would make of them.
+    """
     covered: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in covered:
             continue
         state = _state(module)
         verdict = state.plan if state else adapters.look(module, _original_class(module))
+        if generic and verdict is None and not isinstance(found := adapters.trace(module), str):
+            verdict = found
         if verdict is None or verdict is _STAGE:
             continue
         if isinstance(verdict, adapters.Unfit):
+            covered.update(map(id, module.modules()) if verdict.alone else ())
             yield _Candidate(name, module, None, verdict.kind, verdict.reason)
             continue
         for plan in _parts(verdict):
             covered.update(_ids(module, plan))
         yield _Candidate(name, module, verdict, verdict.kind, "")
+    traced: dict[str, Any] = {}
     for name, module in model.named_modules():
         if id(module) not in covered and isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
-            kind = type(module).__name__
-            yield _Candidate(name, module, None, kind, "not part of a block or sequence that an adapter knows")
+            reason = _unknown(model, name, traced) if why else _UNKNOWN
+            yield _Candidate(name, module, None, type(module).__name__, reason)
+
+
+_UNKNOWN = "not part of a block or sequence that an adapter knows"
+
+
+def _unknown(model: nn.Module, name: str, traced: dict[str, Any]) -> str:
+    """Why the convolution or norm ``name`` is covered by nothing: what a trace makes of the module around it.
+
+    ``traced``: what traces made of modules so far.
+    """
+    around = name.rpartition(".")[0]
+    while around and isinstance(find(model, around), (nn.ModuleList, nn.ModuleDict)):
+        around = around.rpartition(".")[0]
+    module = find(model, around) if around else model
+    if around not in traced:
+        traced[around] = None if _state(module) else adapters.trace(module)
+    found = traced[around]
+    if isinstance(found, str):
+        return f"{_UNKNOWN}; {around or 'the model'} {found}"
+    if found is not None and id(find(model, name)) in {i for part in _parts(found) for i in _ids(module, part)}:
+        return f"{_UNKNOWN}; fuse(model, generic=True) fuses it"
+    return f"{_UNKNOWN}; no convolution and batch norm follow each other here"
 
 
 def _check_model(model: object) -> None:
@@ -295,6 +329,7 @@ def fuse(
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     backend: str | None = None,
     strict: bool = False,
+    generic: bool = False,
 ) -> M:
     """Swap the blocks of ``model`` for fused ones, in place; returns the same model.
 
@@ -304,6 +339,10 @@ def fuse(
         filter_fn: called with (name, module) of each block; where it returns False the block is left alone.
         backend: run on this backend alone ("native", "onednn", "cudnn", "triton", "torch"); None chooses per op.
         strict: raise :class:`FuseError`, and leave the model as it was, if a block cannot be fused whole.
+        generic: also look into modules that no adapter knows: their forwards are traced by torch.fx, and every run of
+            convolution, batch norm and ReLU, with the sum behind it, is fused where it stands. What cannot be traced
+            (branches on tensors, isinstance, several inputs) stays as it is. Tracing replaces nn.Module.__call__ for
+            a moment: no other thread should run a model meanwhile.
 
     Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,
     buffers and hooks are not touched, so optimizers and checkpoints go on as before. :func:`unfuse` undoes it.
@@ -313,7 +352,7 @@ def fuse(
         raise TypeError(f"filter_fn: found {type(filter_fn).__name__}, supported is a callable (name, module) -> bool")
     with dispatch.use_backend(backend):
         pass  # an unknown name raises here, before anything is swapped
-    chosen = [c for c in _candidates(model) if filter_fn is None or filter_fn(c.name, c.module)]
+    chosen = [c for c in _candidates(model, generic) if filter_fn is None or filter_fn(c.name, c.module)]
     if strict:
         bad = [row for row in map(_row, chosen) if row.status != "fused" and row.block]
         if bad:
@@ -422,8 +461,10 @@ def _row(candidate: _Candidate) -> Row:
     state = _state(module)
     if state is not None and state.refusal is not None:
         return Row(name, kind, "not", f"last call ran the original forward: {state.refusal}", True)
-    partly = any(isinstance(part.shortcut, Opaque) for part in _parts(plan))
+    partly = any(isinstance(part, BlockPlan) and isinstance(part.shortcut, Opaque) for part in _parts(plan))
     what = "; ".join(part.what for part in _parts(plan))
+    if isinstance(plan, HostPlan) and plan.left:
+        partly, what = True, f"{what}; as it is: {plan.left}"
     return Row(name, kind, "partly" if partly else "fused", what, True)
 
 
@@ -443,7 +484,8 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, BlockPlan, str | 
     for name, module, plan, _, _ in _candidates(model):
         state = _state(module)
         for part in _parts(plan) if plan is not None else ():
-            yield name, module, part, state.backend if state else None
+            if isinstance(part, BlockPlan):
+                yield name, module, part, state.backend if state else None
 
 
 def explain(
@@ -468,14 +510,15 @@ def explain(
             seen = schedule.inputs(model, input_shape, dtype)
     answer = Explanation()
     answer.swapped = any(_state(m) is not None for m in model.modules())
-    for candidate in _candidates(model):
+    for candidate in _candidates(model, why=True):
         row = _row(candidate)
         if answer.swapped and candidate.plan is not None and _state(candidate.module) is None:
             row = row._replace(status="not", reason="left alone by fuse() (filter_fn, or added later)")
         state = _state(candidate.module)
         if seen and candidate.plan is not None and (state is not None or not answer.swapped):
             pinned = state.backend if state else None
-            found = [schedule.steps(candidate.module, part, seen, pinned) for part in _parts(candidate.plan)]
-            row = row._replace(steps=tuple(step for part in found for step in part))
+            parts = [part for part in _parts(candidate.plan) if isinstance(part, BlockPlan)]
+            found = [schedule.steps(candidate.module, part, seen, pinned) for part in parts]
+            row = row._replace(steps=tuple(step for steps in found for step in steps))
         answer.append(row)
     return answer

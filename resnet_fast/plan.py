@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -24,17 +25,26 @@ from .tables import Signature
 from .watch import Watch
 
 __all__ = [
+    "NORMS",
     "BlockPlan",
+    "Check",
     "ConvBnPath",
     "HostPlan",
+    "Join",
+    "Norm",
     "Opaque",
     "Refusal",
     "block_signature",
+    "check_idle",
+    "check_plain",
     "collect",
     "find",
+    "is_idle",
+    "norm_of",
     "pools",
     "program",
     "run",
+    "run_join",
     "run_unfused",
     "stage_situation",
     "why_not_now",
@@ -45,6 +55,46 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class Refusal(Exception):
     """Why a block cannot run fused, now or ever; the message is what explain() shows."""
+
+
+class Norm(NamedTuple):
+    """What is known of a class of batch norm beside nn.BatchNorm2d.
+
+    ``frozen``: it always normalises by its running statistics. ``inner``: ``drop`` and ``act`` of its own follow, as in
+    timm's BatchNormAct2d. ``eps``: the number itself, where the class has no such attribute.
+    """
+
+    frozen: bool = False
+    inner: bool = False
+    eps: float | None = None
+
+
+#: Every norm that can be fused, by qualified class name; adapters add those of their libraries.
+NORMS: dict[str, Norm] = {
+    "torch.nn.modules.batchnorm.BatchNorm2d": Norm(),
+    "torch.nn.modules.batchnorm.SyncBatchNorm": Norm(),
+}
+
+#: Convolutions whose forward is nn.Conv2d's, followed by a ``norm`` and an ``activation`` that may be None.
+_CONVS_WITH_NORM = ("detectron2.layers.wrappers.Conv2d",)
+
+
+@functools.cache
+def _qualified(cls: Any) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def norm_of(cls: type) -> Norm | None:
+    """What is known of a norm's class: exactly this class, for a subclass may have another forward."""
+    key: Any = cls
+    return _norm_of(key)
+
+
+@functools.cache
+def _norm_of(cls: Any) -> Norm | None:
+    norm = NORMS.get(_qualified(cls))
+    # An eps that stands in the forward's text must still stand there.
+    return None if norm and norm.eps is not None and norm.eps not in cls.forward.__code__.co_consts else norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +108,11 @@ class ConvBnPath:
     bn: str
     act: str | bool = False
 
+    @property
+    def has_inner_act(self) -> bool:
+        """The activation is the norm's own submodule, as in timm's BatchNormAct2d."""
+        return isinstance(self.act, str) and self.act.startswith(f"{self.bn}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
@@ -67,22 +122,26 @@ class BlockPlan:
         kind: the word for it in explain(): "bottleneck", "basic", "conv_bn_act", ...
         layers: the main path. The last one's ``act`` stands behind the sum.
         shortcut: None (a chain), "identity", a :class:`ConvBnPath` (a projection, without ``act``), or
-            :class:`Opaque`: a submodule that is called as it is, and its output added.
-        idle: paths of what must be absent, None or nn.Identity, because the plan leaves it out.
+            :class:`Opaque`: a submodule that is called as it is, and its output added. "given", in the parts of a
+            :class:`HostPlan`: the tensor that ``part`` is called with.
+        idle: paths of what must be absent, None, nn.Identity or an empty nn.Sequential: the plan leaves it out.
         pool: path of the pooling behind a chain. In training nn.MaxPool2d(3, 2, padding=1) runs in one pass with the
-            batch norm and ReLU before it; another pooling, or none, is called as it is.
+            batch norm and ReLU before it; another pooling, or none, is called as it is. True where the block calls
+            F.max_pool2d(x, 3, 2, 1) as a function.
+        check: raises Refusal where the module is no longer what the plan was made for, beyond what paths can tell.
     """
 
     kind: str
     layers: tuple[ConvBnPath, ...]
     shortcut: ConvBnPath | Opaque | str | None = None
     idle: tuple[str, ...] = ()
-    pool: str | None = None
+    pool: str | bool | None = None
+    check: Check | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.shortcut, str) and self.shortcut != "identity":
+        if isinstance(self.shortcut, str) and self.shortcut not in ("identity", "given"):
             raise ValueError(
-                f"shortcut: found {self.shortcut!r}, supported are None, 'identity', a ConvBnPath or an Opaque"
+                f"shortcut: found {self.shortcut!r}, supported are None, 'identity', 'given', a ConvBnPath or an Opaque"
             )
 
     @property
@@ -102,8 +161,10 @@ class BlockPlan:
             words.append("identity")
         elif isinstance(self.shortcut, Opaque):
             words.append(f"the sum with {self.shortcut.path}, which runs as it is")
+        elif self.shortcut == "given":
+            words.append("the sum")
         if self.pool is not None:
-            words.append(self.pool)
+            words.append("max-pool" if self.pool is True else str(self.pool))
         return ", ".join(words)
 
 
@@ -114,25 +175,48 @@ class Opaque:
     path: str
 
 
-Part = Callable[[int, Tensor], Tensor]
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """The end of a block by itself: relu(x + residual). ``act``: path of the ReLU; True where it is a function."""
+
+    act: str | bool
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The ReLU, where it is a module."""
+        return (self.act,) if isinstance(self.act, str) else ()
+
+    @property
+    def what(self) -> str:
+        """The join in a few words, for explain()."""
+        return "sum + relu"
+
+
+#: ``part(i, x)`` or, where the part's shortcut is "given" and for a :class:`Join`, ``part(i, x, residual)``.
+Part = Callable[..., Tensor]
+Check = Callable[[nn.Module], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class HostPlan:
-    """A module that is no block but holds sequences of convolution, norm and ReLU: a network's stem, an nn.Sequential.
+    """A module that is not fused as one: its text goes on as it is, around the parts of it that are.
+
+    A network's stem, an nn.Sequential, a block with other modules between its layers.
 
     Args:
         kind: the word for it in explain().
-        parts: the sequences, as chains (``shortcut=None``).
+        parts: what is fused.
         method: the method of the module that is replaced.
         forward: ``forward(module, x, part)``: that method's text, with ``part(i, x)`` in place of ``parts[i]``. May
             raise Refusal before anything else, if the module is no longer what it was planned for.
+        left: what of a block runs as it is, in words, for explain().
     """
 
     kind: str
-    parts: tuple[BlockPlan, ...]
+    parts: tuple[BlockPlan | Join, ...]
     method: str
     forward: Callable[[Any, Tensor, Part], Any]
+    left: str = ""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -153,7 +237,7 @@ def find(module: nn.Module, path: str, plain: bool = False) -> Any:
         if modules is None:
             return None
         if plain and container:
-            _check_plain(container, found)
+            check_plain(container, found)
         found = modules[name] if name in modules else getattr(found, name, None)
     return found
 
@@ -166,7 +250,7 @@ def _tensor(module: nn.Module, name: str) -> Any:
     return getattr(module, name, None)
 
 
-def _check_plain(path: str, m: nn.Module) -> None:
+def check_plain(path: str, m: nn.Module) -> None:
     """Refuse what a fused forward would pass over: hooks and replaced forwards of inner modules."""
     if m._forward_hooks or m._forward_pre_hooks:
         raise Refusal(f"{path} has a forward hook (or is pruned or weight-normalised), which must see its calls")
@@ -176,15 +260,31 @@ def _check_plain(path: str, m: nn.Module) -> None:
         raise Refusal(f"{path}.forward was replaced")
 
 
+def is_idle(m: nn.Module) -> bool:
+    """Whether ``m`` hands on what it gets: nn.Identity, or an nn.Sequential of nothing."""
+    return type(m) is nn.Identity or (type(m) is nn.Sequential and not m._modules)
+
+
+def check_idle(path: str, m: nn.Module) -> None:
+    """Refuse what a plan has left out and now does something."""
+    if not is_idle(m):
+        raise Refusal(f"{path} is {type(m).__name__}, which stands between the fused layers")
+    check_plain(path, m)
+
+
 def _conv(module: nn.Module, path: str) -> nn.Conv2d:
     conv = find(module, path, plain=True)
     if type(conv) is not nn.Conv2d:
-        raise Refusal(f"{path} is {type(conv).__name__}, supported is torch.nn.Conv2d")
+        kind: Any = type(conv)
+        if _qualified(kind) not in _CONVS_WITH_NORM:
+            raise Refusal(f"{path} is {type(conv).__name__}, supported is torch.nn.Conv2d")
+        if conv.activation is not None:
+            raise Refusal(f"{path} has an activation of its own")
     if conv.padding_mode != "zeros":
         raise Refusal(f"{path} has padding_mode={conv.padding_mode!r}, supported is 'zeros'")
     if isinstance(conv.padding, str):
         raise Refusal(f"{path} has padding={conv.padding!r}, supported are numbers")
-    _check_plain(path, conv)
+    check_plain(path, conv)
     return conv
 
 
@@ -196,14 +296,8 @@ def _relu(module: nn.Module, act: str | bool) -> bool:
         return False
     if type(m) is not nn.ReLU and type(m) is not nn.Identity:
         raise Refusal(f"{act} is {type(m).__name__}, supported are torch.nn.ReLU and none")
-    _check_plain(act, m)
+    check_plain(act, m)
     return type(m) is nn.ReLU
-
-
-def _is_frozen(bn: Any) -> bool:
-    """torchvision's FrozenBatchNorm2d: four buffers, always as in eval."""
-    kind = type(bn)
-    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
 
 
 def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
@@ -212,17 +306,22 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
     bn = find(module, paths.bn, plain=True)
     relu = _relu(module, paths.act)
     weight, bias = _tensor(conv, "weight"), _tensor(conv, "bias")
+    norm = norm_of(type(bn))
+    if norm is None:
+        raise Refusal(f"{paths.bn} is {type(bn).__name__}, supported is torch.nn.BatchNorm2d")
+    if norm.inner and (type(bn.drop) is not nn.Identity or not (paths.has_inner_act or type(bn.act) is nn.Identity)):
+        raise Refusal(f"{paths.bn} ends in {type(bn.drop).__name__}, {type(bn.act).__name__} of its own")
+    if paths.has_inner_act and not norm.inner:  # convert_sync_batchnorm keeps the submodule, and does not call it
+        raise Refusal(f"{paths.bn} is {type(bn).__name__}, which has no activation of its own")
     # nn.BatchNorm2d.forward's rules: what it normalises by, and whether it updates its buffers.
-    kind, training, keeps, momentum, counter, group = type(bn), False, True, None, None, None
-    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
+    training, keeps, momentum, counter, group = False, True, None, None, None
+    if not norm.frozen:
         training = bn.training
         if training:
-            if kind is nn.SyncBatchNorm:
+            if type(bn) is nn.SyncBatchNorm:
                 group = _group(bn)
             keeps, momentum, counter = bn.track_running_stats, bn.momentum, _tensor(bn, "num_batches_tracked")
-    elif not _is_frozen(bn):
-        raise Refusal(f"{paths.bn} is {kind.__name__}, supported is torch.nn.BatchNorm2d")
-    _check_plain(paths.bn, bn)
+    check_plain(paths.bn, bn)
     mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
     return f.ConvBn(
         weight,
@@ -236,7 +335,7 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
         conv.padding,  # type: ignore[arg-type]
         conv.dilation,  # type: ignore[arg-type]
         conv.groups,
-        bn.eps,
+        norm.eps or bn.eps,
         momentum,
         training or (mean is None and var is None),
         relu,
@@ -252,11 +351,15 @@ def _group(bn: Any) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
+#: F.max_pool2d(x, 3, 2, 1), where a block calls it as a function.
+_POOL = nn.MaxPool2d(3, 2, padding=1)
+
+
 def _pool(module: nn.Module, plan: BlockPlan) -> tuple[nn.Module | None, bool]:
     """The pooling behind a chain, if there is any, and whether it is the one that the ops know."""
     if plan.pool is None:
         return None, False
-    m = find(module, plan.pool, plain=True)
+    m = _POOL if plan.pool is True else find(module, str(plan.pool), plain=True)
     if type(m) is not nn.MaxPool2d or not plan.layers[-1].act:
         return m, False
     known = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
@@ -267,6 +370,8 @@ def _pool(module: nn.Module, plan: BlockPlan) -> tuple[nn.Module | None, bool]:
 
 def collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.ConvBn | None]:
     """The block's layers and its projection. Raises Refusal where the plan does not hold at this moment."""
+    if plan.check is not None:
+        plan.check(module)
     layers = [_conv_bn(module, paths) for paths in plan.layers]
     projection = None
     if isinstance(plan.shortcut, ConvBnPath):
@@ -277,9 +382,7 @@ def collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.ConvB
         m = find(module, path, plain=True)
         if m is None:
             continue
-        if type(m) is not nn.Identity:
-            raise Refusal(f"{path} is {type(m).__name__}, which stands between the fused layers")
-        _check_plain(path, m)
+        check_idle(path, m)
     return layers, projection
 
 
@@ -292,10 +395,12 @@ def block_signature(
     x: Tensor, layers: list[f.ConvBn], projection: f.ConvBn | None, plan: BlockPlan, pool: bool
 ) -> Signature | None:
     """What a whole block's row in a table is found by; None for what is not measured as a whole: frozen weights or
-    statistics, and statistics over several ranks.
+    statistics, statistics over several ranks, and a summand from elsewhere.
     """
     every = [*layers, projection] if projection else layers
-    if not all(la.batch_stats and la.group is None and la.weight.requires_grad for la in every):
+    if plan.shortcut == "given" or not all(
+        la.batch_stats and la.group is None and la.weight.requires_grad for la in every
+    ):
         return None
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     shapes = tuple((tuple(la.weight.shape), la.stride, la.padding, la.dilation, la.groups) for la in every)
@@ -326,9 +431,12 @@ def _look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> tuple[list[f.
     return found
 
 
-def why_not_now(module: nn.Module, plan: BlockPlan) -> str | None:
+def why_not_now(module: nn.Module, plan: BlockPlan | Join) -> str | None:
     """Why the block would not run fused if it were called now, or None. What depends on the input is not known here."""
     try:
+        if isinstance(plan, Join):
+            _relu(module, plan.act)
+            return None
         layers, projection = collect(module, plan)
     except Refusal as refusal:
         return str(refusal)
@@ -375,6 +483,26 @@ def _check_input(x: Any, layers: list[f.ConvBn], dtype: torch.dtype | None) -> N
             raise Refusal(f"a weight is {layer.weight.dtype}, supported are float32, bfloat16, float16")
 
 
+def _check_given(residual: Any, x: Tensor, layers: list[f.ConvBn]) -> None:
+    """Refuse a residual from elsewhere that torch's rules of broadcasting would have to judge."""
+    n, k = x.shape[0], layers[-1].weight.shape[0]
+    size = list(x.shape[2:])
+    for layer in layers:
+        for i in (0, 1):
+            span = layer.dilation[i] * (layer.weight.shape[2 + i] - 1)
+            size[i] = (size[i] + 2 * layer.padding[i] - span - 1) // layer.stride[i] + 1
+    if tuple(residual.shape) != (n, k, *size):
+        raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {(n, k, *size)}")
+
+
+def _check_summand(t: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a residual from elsewhere that torch's rules of promotion would have to judge."""
+    if type(t) is not Tensor and type(t) is not nn.Parameter:
+        raise Refusal(f"a summand is {type(t).__name__}, supported is torch.Tensor")
+    if t.dim() != 4 or t.dtype != dtype or t.device != device:
+        raise Refusal(f"a summand is {tuple(t.shape)}, {t.dtype} on {t.device}, the other one {dtype} on {device}")
+
+
 def _needs_grad(x: Tensor, residual: Tensor | None, layers: list[f.ConvBn]) -> bool:
     if not torch.is_grad_enabled():
         return False
@@ -410,23 +538,47 @@ def run(
     cache: FoldCache,
     backend: str | None = None,
     handed: Handed = _OUTSIDE,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Handed]:
-    """The fused forward of ``module``; and what to hand on with z, for a stage.
+    """The fused forward of ``module``; and what to hand on with z, for a stage. ``residual``: a "given" shortcut.
 
     Raises Refusal, before anything was changed, where the original must run.
     """
+    _check_context()
+    if backend is None:
+        return _run(module, plan, x, cache, handed, residual)
+    with use_backend(backend):
+        return _run(module, plan, x, cache, handed, residual)
+
+
+def run_join(module: nn.Module, plan: Join, x: Any, residual: Any, backend: str | None = None) -> Tensor:
+    """relu(x + residual) in one pass. Raises Refusal, before anything was changed, where torch's own must run."""
+    _check_context()
+    if not _relu(module, plan.act):
+        raise Refusal(f"{plan.act} is no ReLU")
+    if type(x) is not Tensor or x.dim() != 4 or x.dtype not in _DTYPES or x.device.type not in ("cpu", "cuda"):
+        raise Refusal("a sum is not of tensors (N, C, H, W) in float32, bfloat16, float16 on cpu and cuda")
+    _check_summand(residual, x.dtype, x.device)
+    if x.shape != residual.shape:
+        raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {tuple(x.shape)}")
+    if backend is None:
+        return f.add_relu(x, residual)
+    with use_backend(backend):
+        return f.add_relu(x, residual)
+
+
+def _check_context() -> None:
+    """Refuse where torch's own ops, or every inner module's call, must be seen."""
     if _transformed():
         raise Refusal("inside a transform of torch")
     if (kind := _global_hook()) is not None:
         raise Refusal(f"a global {kind} hook is registered, which must see every inner module")
-    if backend is None:
-        return _run(module, plan, x, cache, handed)
-    with use_backend(backend):
-        return _run(module, plan, x, cache, handed)
 
 
-def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed: Handed) -> tuple[Tensor, Handed]:
-    situation, folded, residual = None, None, None
+def _run(
+    module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed: Handed, residual: Tensor | None
+) -> tuple[Tensor, Handed]:
+    situation, folded = None, None
     is_plain = type(x) is Tensor and x.device.type == "cpu" and not torch.is_grad_enabled()
     if is_plain:
         situation = _situation(module, x, handed)
@@ -446,6 +598,10 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
     dtype = handed.dtype or x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
+    if plan.shortcut == "given":
+        _check_summand(residual, dtype, x.device)
+        if folded is None:
+            _check_given(residual, x, layers)
     given = folded is not None or not (any(la.batch_stats for la in every) or _needs_grad(x, residual, every))
     if folded is None and given:
         wide = arithmetic(x.device, dtype, every, projection is not None)
@@ -461,6 +617,8 @@ def _run(module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed
                 return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
             return cast(z, dtype), _OUTSIDE
         layers, projection = _look(module, plan, cache)
+        if plan.shortcut == "given":
+            _check_given(residual, x, layers)
     x = narrow(x, handed)
     identity = plan.shortcut == "identity"
     pool, known = _pool(module, plan)
@@ -531,11 +689,30 @@ def _run_folded(
     )
 
 
-def run_unfused(module: nn.Module, plan: BlockPlan, x: Tensor) -> Tensor:
-    """A chain as its own modules would run it, one after the other."""
-    for layer in plan.layers:
-        for path in (layer.conv, layer.bn, layer.act):
-            if isinstance(path, str) and (m := find(module, path)) is not None:
-                x = m(x)
-    pool = None if plan.pool is None else find(module, plan.pool)
+def run_unfused(module: nn.Module, plan: BlockPlan | Join, x: Tensor, residual: Any = None) -> Tensor:
+    """A part as its own modules would run it, one after the other."""
+
+    def act(path: str | bool, x: Tensor) -> Tensor:
+        if isinstance(path, bool):
+            return F.relu(x) if path else x
+        return x if (m := find(module, path)) is None else m(x)
+
+    def norm(layer: ConvBnPath, x: Tensor) -> Tensor:
+        x = find(module, layer.conv)(x)
+        return x if layer.bn.startswith(f"{layer.conv}.") else find(module, layer.bn)(x)
+
+    if isinstance(plan, Join):
+        return act(plan.act, x + residual)
+    side = x
+    for i, layer in enumerate(plan.layers):
+        x = norm(layer, x)
+        if i == len(plan.layers) - 1 and plan.shortcut is not None:
+            if isinstance(plan.shortcut, ConvBnPath):
+                residual = norm(plan.shortcut, side)
+            elif plan.shortcut != "given":
+                residual = side if plan.shortcut == "identity" else find(module, plan.shortcut.path)(side)  # type: ignore[union-attr]
+            x = x + residual
+        if not layer.has_inner_act:
+            x = act(layer.act, x)
+    pool = _POOL if plan.pool is True else None if plan.pool is None else find(module, str(plan.pool))
     return x if pool is None else pool(x)

@@ -39,6 +39,8 @@ class Watch:
             # All attributes: numbers, flags, a replaced forward, and the dictionaries of what follows.
             for contents in (m.__dict__, m._parameters, m._buffers):
                 self._keep(contents)
+            if isinstance(m, nn.Sequential) and not m._modules:
+                self._contents.append(m._modules)  # so long as it is empty it hands on what it gets
             self._hooks += [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
         self._modules = list(seen.values())
         self._kinds = [type(m) for m in self._modules]

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
+from resnet_fast import models
+from resnet_fast.plan import ConvBnPath, find
 
 
 def calibrated(model: nn.Module, seed: int = 0) -> nn.Module:
     """Batch norms as after training: no gamma at 1, no beta at 0, running statistics that are not the initial ones."""
     generator = torch.Generator().manual_seed(seed)
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if "BatchNorm" in type(m).__name__:
             with torch.no_grad():
                 m.weight.uniform_(0.5, 1.5, generator=generator)
                 m.bias.normal_(0, 0.2, generator=generator)
@@ -31,14 +33,37 @@ def calibrated(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+#: What the small network of the tests of fuse() gets.
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Module:
+    """A calibrated CIFAR ResNet-20, in eval."""
+    torch.manual_seed(0)
+    return calibrated(models.cifar_resnet20()).eval()
+
+
+def statuses(model: nn.Module) -> set[str]:
+    """Which statuses occur in explain()."""
+    return {row.status for row in resnet_fast.explain(model)}
+
+
+def run(model: nn.Module, x: Tensor = X) -> Tensor:
+    """The model's output, without gradients."""
+    with torch.no_grad():
+        return model(x)
+
+
 def first_tensor(out: object) -> Tensor:
     """The tensor that matters in a model's output."""
     if isinstance(out, Tensor):
         return out
     if hasattr(out, "logits"):
         return out.logits
+    if hasattr(out, "feature_maps"):
+        return out.feature_maps[-1]
     if isinstance(out, dict):
-        return out["out"]
+        return out["out"] if "out" in out else next(iter(out.values()))
     return out[-1]
 
 
@@ -82,16 +107,30 @@ def assert_same_model(
     fused: int | None = None,
     dtype: torch.dtype = torch.float32,
     train: bool = True,
+    generic: bool = False,
 ) -> resnet_fast.fuse.Explanation:
     """The fused model against the original; ``fused``: how many rows of explain() must say so."""
+    return compare(make, x, fused=fused, dtype=dtype, train=train, generic=generic)[1]
+
+
+def compare(
+    make: Callable[[], nn.Module],
+    x: Tensor,
+    *,
+    fused: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    train: bool = True,
+    generic: bool = False,
+) -> tuple[nn.Module, resnet_fast.fuse.Explanation]:
+    """``assert_same_model``; the fused model beside the rows."""
     torch.manual_seed(0)
     plain = calibrated(make())
     judge = copy.deepcopy(plain).double()
     plain.to(dtype)
     plain_cl = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    ours = resnet_fast.fuse(copy.deepcopy(plain))
-    models = (ours, plain, plain_cl, judge)
-    mine, *theirs, ref = (measure(m, x.to(torch.float64 if m is judge else dtype), train) for m in models)
+    ours = resnet_fast.fuse(copy.deepcopy(plain), generic=generic)
+    four = (ours, plain, plain_cl, judge)
+    mine, *theirs, ref = (measure(m, x.to(torch.float64 if m is judge else dtype), train) for m in four)
     for kind in ("eval", "train", "buffers"):
         for name, value in ref[kind].items():
             if value.is_floating_point():
@@ -106,4 +145,18 @@ def assert_same_model(
     rows = resnet_fast.explain(ours)
     if fused is not None:
         assert sum(row.status == "fused" for row in rows) == fused, f"\n{rows}"
-    return rows
+    return ours, rows
+
+
+def norms(model: nn.Module) -> tuple[int, int]:
+    """How many batch norms of a fused model run in fused parts, unless the last call fell back, and how many it has."""
+    inside: set[int] = set()
+    for m in model.modules():
+        state = m.__dict__.get("_resnet_fast")
+        if state is None or state.refusal is not None:
+            continue
+        for part in getattr(state.plan, "parts", (state.plan,)):
+            layers = [*getattr(part, "layers", ()), getattr(part, "shortcut", None)]
+            inside |= {id(find(m, layer.bn)) for layer in layers if isinstance(layer, ConvBnPath)}
+    every = {id(m) for m in model.modules() if "BatchNorm" in type(m).__name__}
+    return len(inside & every), len(every)

@@ -92,6 +92,37 @@ _IMPORTERS: dict[str, Callable[[], Any]] = {
 }
 
 
+def build(make: str, arguments: dict[str, Any], attribute: str = "") -> torch.nn.Module:
+    """The model that ``make`` ("timm.create_model") gives with ``arguments``; ``attribute``: a part of it.
+
+    In arguments "@timm.layers.BlurPool2d" stands for that object, {"make": ..., "arguments": ...} for what it makes.
+    """
+    library = make.partition(".")[0]
+    if library not in ("tests", "resnet_fast"):
+        require({"segmentation_models_pytorch": "smp"}.get(library, library))
+
+    def value(v: Any) -> Any:
+        if isinstance(v, dict) and "make" in v:
+            return _found(v["make"])(**{k: value(a) for k, a in v["arguments"].items()})
+        if isinstance(v, dict):
+            return {k: value(a) for k, a in v.items()}
+        return _found(v[1:]) if isinstance(v, str) and v.startswith("@") else v
+
+    model = _found(make)(**{k: value(v) for k, v in arguments.items()})
+    return model.get_submodule(attribute)
+
+
+def _found(path: str) -> Any:
+    """The object with this dotted path, its modules imported on the way."""
+    names = path.split(".")
+    thing = importlib.import_module(names[0])
+    for i, name in enumerate(names[1:], 2):
+        if not hasattr(thing, name):
+            importlib.import_module(".".join(names[:i]))
+        thing = getattr(thing, name)
+    return thing
+
+
 def require(name: str) -> Any:
     """Return the library ("torchvision", "timm", "transformers" or "smp"), or skip the test with the reason.
 

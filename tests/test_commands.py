@@ -340,7 +340,7 @@ def test_info_warns_of_two_openmp_runtimes(monkeypatch: pytest.MonkeyPatch, caps
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert resnet_fast.__version__ in capsys.readouterr().out
-    for command in ("bench", "info"):
+    for command in ("bench", "info", "models"):
         assert main([command, "--help"]) == 0
         assert "examples:" in capsys.readouterr().out
 

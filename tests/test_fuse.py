@@ -1,11 +1,10 @@
-"""fuse(), unfuse(), fused(), explain(), register_block(): what a swap keeps, and when a fused block steps back."""
+"""fuse(), unfuse(), fused(), explain(), register_block(): what a swap keeps, and what they say."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickletools
-import threading
 import zipfile
 
 import pytest
@@ -15,26 +14,9 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import BlockPlan, ConvBnPath, Opaque, models
-from tests.fusing import assert_same_model, calibrated
+from tests.fusing import X, assert_same_model, calibrated, net, run, statuses
 
-X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return calibrated(models.cifar_resnet20()).eval()
-
-
-def statuses(model: nn.Module) -> set[str]:
-    return {row.status for row in resnet_fast.explain(model)}
-
-
-def run(model: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-# ---- our own models, each in eval and in training ---------------------------------------------------------------
+# ---- our own models, each in eval and in training -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,7 +63,7 @@ def test_autocast_bfloat16() -> None:
     assert statuses(ours) <= {"fused", "partly"}
 
 
-# ---- what a swap keeps ------------------------------------------------------------------------------------------
+# ---- what a swap keeps ----------------------------------------------------------------------------------------------
 
 
 def test_fuse_is_in_place_and_unfuse_restores_bit_for_bit() -> None:
@@ -174,292 +156,7 @@ def test_to_dtype_and_back() -> None:
     assert "float64" in resnet_fast.explain(model)[0].reason
 
 
-# ---- folded weights are never stale -----------------------------------------------------------------------------
-
-
-def in_place(model: nn.Module) -> None:
-    with torch.no_grad():
-        model.layer1[0].conv2.weight.mul_(1.5)
-
-
-def through_data(model: nn.Module) -> None:
-    model.layer1[0].conv2.weight.data.mul_(1.5)
-
-
-def vector_through_data(model: nn.Module) -> None:
-    model.layer1[0].bn1.bias.data[3] += 1
-
-
-def statistics(model: nn.Module) -> None:
-    model.layer3[1].bn2.running_var.mul_(2)
-
-
-def load(model: nn.Module) -> None:
-    model.load_state_dict(calibrated(models.cifar_resnet20(), seed=3).state_dict())
-
-
-def step(model: nn.Module) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), 1e-5)
-    model(X).square().sum().backward()
-    optimizer.step()
-
-
-def replaced_parameter(model: nn.Module) -> None:
-    model.layer1[0].conv1.weight = nn.Parameter(model.layer1[0].conv1.weight.detach() * 2)
-
-
-def swapped_data(model: nn.Module) -> None:
-    model.layer1[0].conv1.weight.data = model.layer1[0].conv1.weight.detach() * 2
-
-
-def replaced_norm(model: nn.Module) -> None:
-    model.layer1[0].bn1 = calibrated(nn.Sequential(nn.BatchNorm2d(16)), seed=9)[0].eval()
-
-
-def eps(model: nn.Module) -> None:
-    model.layer1[0].bn1.eps = 0.5
-
-
-@pytest.mark.parametrize("inference_mode", [False, True], ids=["no_grad", "inference_mode"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        in_place,
-        through_data,
-        vector_through_data,
-        statistics,
-        load,
-        step,
-        replaced_parameter,
-        swapped_data,
-        replaced_norm,
-        eps,
-    ],
-    ids=lambda c: c.__name__,
-)
-def test_folded_weights_follow(change, inference_mode: bool) -> None:
-    model = resnet_fast.fuse(net())
-    with torch.inference_mode(inference_mode):
-        before = run(model)
-        assert torch.equal(run(model), before)
-    change(model)
-    with torch.inference_mode(inference_mode):
-        after = run(model)
-        expected = run(resnet_fast.unfuse(model))
-    assert not torch.equal(after, before)
-    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-3)
-
-
-def test_model_made_in_inference_mode() -> None:
-    with torch.inference_mode():
-        model = resnet_fast.fuse(net())
-        before = model(X)
-        model.layer1[0].conv2.weight.mul_(1.5)
-        after = model(X)
-        assert not torch.equal(after, before)
-        torch.testing.assert_close(after, resnet_fast.unfuse(model)(X), rtol=1e-4, atol=1e-3)
-
-
-def test_threads_share_a_model() -> None:
-    model = resnet_fast.fuse(net())
-    expected = run(model)
-    results: list[bool] = []
-
-    def work() -> None:
-        results.extend(torch.equal(run(model), expected) for _ in range(5))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert results == [True] * 20
-
-
-# ---- stages: z is written over what nobody else can hold ---------------------------------------------------------
-
-
-def test_a_stage_overwrites_nothing_that_is_held() -> None:
-    model, plain = resnet_fast.fuse(models.resnet18(num_classes=10).eval()), models.resnet18(num_classes=10).eval()
-    plain.load_state_dict(model.state_dict())
-    x = torch.randn(2, 64, 16, 16).to(memory_format=torch.channels_last)
-    kept = x.clone()
-    held, expected = [], []
-    for found, m in ((held, model), (expected, plain)):
-        m.layer1[0].register_forward_hook(lambda mod, args, out, found=found: found.append(out))
-        m.layer2[1].register_forward_pre_hook(lambda mod, args, found=found: found.append(args[0]))
-    with torch.no_grad():
-        ours = model.layer2(model.layer1(x))
-        theirs = plain.layer2(plain.layer1(x))
-    assert torch.equal(x, kept)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    for a, b in zip(held, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_a_stage_reuses_memory() -> None:
-    """Of three blocks behind each other, the last two write where the first one wrote."""
-    stage = resnet_fast.fuse(nn.Sequential(*(models.BasicBlock(8, 8) for _ in range(3))).eval())
-    x = torch.randn(2, 8, 16, 16).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        stage(x)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            stage(x)
-    names = [event.name for event in profile.events()]
-    assert names.count("mkldnn::_convolution_pointwise_") == 2
-    assert torch.equal(stage[0](x[:1].clone()), stage[0](x[:1].clone()))
-
-
-# ---- guards: the block steps back -------------------------------------------------------------------------------
-
-
-def hooked(block: nn.Module) -> None:
-    block.bn1.register_forward_hook(lambda m, args, out: out + 1)
-
-
-def pre_hooked(block: nn.Module) -> None:
-    block.conv2.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
-
-
-def backward_hooked(block: nn.Module) -> None:
-    block.relu.register_full_backward_hook(lambda m, gi, go: None)
-
-
-def parametrized(block: nn.Module) -> None:
-    torch.nn.utils.parametrizations.weight_norm(block.conv1)
-
-
-def pruned(block: nn.Module) -> None:
-    torch.nn.utils.prune.l1_unstructured(block.conv1, "weight", amount=0.5)
-
-
-def other_norm(block: nn.Module) -> None:
-    block.bn2 = nn.GroupNorm(4, 16)
-
-
-def other_act(block: nn.Module) -> None:
-    block.relu = nn.GELU()
-
-
-def padding_mode(block: nn.Module) -> None:
-    block.conv1.padding_mode = "reflect"
-
-
-def own_forward(block: nn.Module) -> None:
-    block.conv1.forward = lambda x: nn.functional.conv2d(x, block.conv1.weight, padding=1) * 3
-
-
-@pytest.mark.parametrize(
-    "change",
-    [hooked, pre_hooked, backward_hooked, parametrized, pruned, other_norm, other_act, padding_mode, own_forward],
-    ids=lambda c: c.__name__,
-)
-def test_guard(change) -> None:
-    model = resnet_fast.fuse(net())
-    run(model)
-    change(model.layer1[1])
-    row = next(r for r in resnet_fast.explain(model) if r.name == "layer1.1")
-    assert row.status == "not"
-    assert row.reason
-    ours = run(model)
-    assert torch.equal(ours, run(model))
-    resnet_fast.unfuse(model)
-    torch.testing.assert_close(ours, run(model), rtol=1e-4, atol=1e-3)
-
-
-def test_mistakes_get_torchs_own_errors() -> None:
-    plain, ours = net(), resnet_fast.fuse(net())
-    for bad in (X[0, 0], X[:, :2], X.double(), X.long(), torch.empty(2, 3, 0, 0), "image"):
-        with pytest.raises(Exception) as theirs:
-            plain(bad)
-        with pytest.raises(type(theirs.value)) as mine:
-            ours(bad)
-        assert str(mine.value) == str(theirs.value)
-
-
-def test_empty_batch() -> None:
-    assert run(resnet_fast.fuse(net()), X[:0]).shape == (0, 10)
-
-
-def test_one_value_per_channel() -> None:
-    block = resnet_fast.fuse(models.BasicBlock(4, 4).train())
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        block(torch.randn(1, 4, 1, 1))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_not_finite_comes_out_as_in_torch(value: float, dtype: torch.dtype) -> None:
-    x = X.clone()
-    x[0, 1, 5, 5] = value
-    plain, ours = net().to(dtype), resnet_fast.fuse(net().to(dtype))
-    expected, found = run(plain, x.to(dtype)), run(ours, x.to(dtype))
-    assert torch.equal(expected.isnan(), found.isnan())
-    assert torch.equal(expected.isinf(), found.isinf())
-    assert expected[1].isfinite().all()
-
-
-def test_not_finite_weights_come_out_as_in_torch() -> None:
-    plain = net()
-    plain.layer2[0].conv1.weight.data[3, 2, 1, 1] = float("nan")
-    assert run(plain).isnan().all()
-    assert run(resnet_fast.fuse(plain)).isnan().all()
-
-
-def test_statistics_of_the_swapped_norm_are_seen() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(resnet_fast.fuse(net()))
-    assert statuses(model) == {"fused", "partly"}  # in eval it is a batch norm like any other
-    torch.testing.assert_close(run(model), run(net()), rtol=1e-4, atol=1e-3)
-    model.train()
-    assert statuses(model) == {"fused", "partly"}  # without a process group it is alone: test_sync.py has two
-
-
-# ---- torch's own tools see the original -------------------------------------------------------------------------
-
-
-def test_compile_fullgraph() -> None:
-    model = net()
-    expected = run(model)
-    compiled = torch.compile(resnet_fast.fuse(model), fullgraph=True, backend="aot_eager")
-    assert torch.equal(run(compiled), expected)
-
-
-def test_export() -> None:
-    model = net()
-    expected = run(model)
-    program = torch.export.export(resnet_fast.fuse(model), (X,))
-    torch.testing.assert_close(run(program.module()), expected)
-
-
-def test_functional_call_and_vmap() -> None:
-    model = net()
-    expected = run(model)
-    resnet_fast.fuse(model)
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad():
-        torch.testing.assert_close(torch.func.functional_call(model, state, (X,)), expected, rtol=1e-4, atol=1e-3)
-        mapped = torch.func.vmap(lambda x: torch.func.functional_call(model, state, (x[None],))[0])(X)
-    torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-3)
-
-
-def test_checkpointing_updates_statistics_as_torch_does() -> None:
-    results = []
-    for model in (net().train(), resnet_fast.fuse(net().train())):
-        stem = model.relu(model.bn1(model.conv1(X)))
-        out = torch.utils.checkpoint.checkpoint(model.layer1, stem, use_reentrant=False)
-        out.square().mean().backward()
-        results.append((model.layer1[0].bn1.num_batches_tracked.item(), model.layer1[0].bn1.running_mean.clone()))
-    assert results[0][0] == results[1][0]
-    torch.testing.assert_close(results[0][1], results[1][1])
-
-
-def test_macs_sees_through_fuse() -> None:
-    model = net()
-    count = models.macs(model, (3, 32, 32))
-    assert models.macs(resnet_fast.fuse(model), (3, 32, 32)) == count
-
-
-# ---- arguments, explain, register_block -------------------------------------------------------------------------
+# ---- arguments, explain, register_block -----------------------------------------------------------------------------
 
 
 def test_filter_backend_strict() -> None:

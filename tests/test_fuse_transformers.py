@@ -1,4 +1,4 @@
-"""fuse() on transformers' ResNet."""
+"""fuse() on transformers' ResNet, beyond the support table (test_support.py)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,6 @@ def make(layer_type: str, **options):
         layer_type=layer_type, depths=[2, 2, 2, 2], hidden_sizes=WIDTHS[layer_type], num_labels=100, **options
     )
     return transformers.ResNetForImageClassification(config)
-
-
-@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
-def test_classification(layer_type: str) -> None:
-    assert_same_model(lambda: make(layer_type), X, fused=9)
 
 
 def test_stride_in_the_first_convolution() -> None:
@@ -58,3 +53,24 @@ def test_hooks_on_every_level_of_a_block_are_called(train: bool) -> None:
 def test_other_activations_are_left_alone() -> None:
     rows = assert_same_model(lambda: make("basic", hidden_act="gelu"), X, fused=0, train=False)
     assert any("GELU" in row.reason for row in rows), f"\n{rows}"
+
+
+def test_a_wrong_number_of_channels_gets_the_librarys_error() -> None:
+    model = resnet_fast.fuse(make("basic"))
+    with pytest.raises(ValueError, match="channel dimension"):
+        model(X[:, :2])
+
+
+def test_every_frozen_norm_of_the_detr_family_exists() -> None:
+    """Their names are a list in the adapter: each is a class there, with the eps that its text has."""
+    import importlib
+
+    from resnet_fast.adapters.transformers import NORMS
+    from resnet_fast.plan import norm_of
+
+    for name in NORMS:
+        module, _, cls = name.rpartition(".")
+        norm = getattr(importlib.import_module(module), cls)(3)
+        assert norm_of(type(norm)) == NORMS[name]
+        norm.running_var.fill_(1e-5)
+        torch.testing.assert_close(norm(torch.ones(1, 3, 1, 1)), torch.full((1, 3, 1, 1), (2e-5) ** -0.5))

@@ -12,9 +12,28 @@ from typing import Any
 
 from torch import nn
 
-from ..plan import BlockPlan, ConvBnPath, HostPlan, Opaque, Part
+from ..plan import BlockPlan, Check, ConvBnPath, HostPlan, Join, Norm, Opaque, Part, Refusal, is_idle
 
-__all__ = ["Adapter", "BlockPlan", "ConvBnPath", "HostPlan", "Opaque", "Part", "shortcut", "text_of"]
+__all__ = [
+    "Adapter",
+    "Alone",
+    "BlockPlan",
+    "Check",
+    "ConvBnPath",
+    "HostPlan",
+    "Join",
+    "Norm",
+    "Opaque",
+    "Part",
+    "residual",
+    "shortcut",
+    "text_of",
+]
+
+
+class Alone(str):
+    """A reason why a module cannot be fused that holds for everything inside it, too."""
+
 
 #: An adapter: a block -> its plan, the reason why it cannot be fused, or None.
 Adapter = Callable[[Any], "BlockPlan | HostPlan | str | None"]
@@ -23,7 +42,7 @@ Adapter = Callable[[Any], "BlockPlan | HostPlan | str | None"]
 def shortcut(block: Any, name: str) -> ConvBnPath | Opaque | str:
     """The shortcut in attribute ``name``: identity, Sequential(conv, norm), or anything else, called as it is."""
     m = getattr(block, name)
-    if m is None or type(m) is nn.Identity:
+    if m is None or is_idle(m):
         return "identity"
     if type(m) is nn.Sequential:
         steps = [(key, type(child)) for key, child in m._modules.items() if type(child) is not nn.Identity]
@@ -32,6 +51,25 @@ def shortcut(block: Any, name: str) -> ConvBnPath | Opaque | str:
         if len(steps) == 2 and steps[0][1] is nn.Conv2d:
             return ConvBnPath(f"{name}.{steps[0][0]}", f"{name}.{steps[1][0]}")
     return Opaque(name)
+
+
+def residual(
+    kind: str, layers: tuple[ConvBnPath, ...], block: Any, name: str = "downsample", idle: tuple[str, ...] = ()
+) -> BlockPlan:
+    """A block whose ``shortcut`` is in attribute ``name``; what has become of it is looked at in every forward."""
+    side = shortcut(block, name)
+    if side == "identity":
+        return BlockPlan(kind, layers, side, (*idle, name))
+    if isinstance(side, Opaque):
+        return BlockPlan(kind, layers, side, idle)
+    children = tuple(getattr(block, name)._modules)
+
+    def check(block: Any) -> None:
+        m = getattr(block, name)
+        if type(m) is not nn.Sequential or tuple(m._modules) != children:
+            raise Refusal(f"{name} is another one than at fuse(); remedy: unfuse(model), then fuse(model)")
+
+    return BlockPlan(kind, layers, side, idle, check=check)
 
 
 @functools.cache

@@ -1,43 +1,101 @@
-"""Any module that runs as nn.Sequential does: its runs of convolution, batch norm and, if there is one, ReLU."""
+"""Modules that call their children in order: nn.Sequential, and what returns some outputs on the way.
+
+Their runs of convolution, batch norm and, if there are, ReLU and the 3x3/2 max-pool.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..plan import Refusal
+from ..plan import Refusal, norm_of
 from .common import BlockPlan, ConvBnPath, HostPlan, Part
 
-_NORMS = ("BatchNorm2d", "SyncBatchNorm", "FrozenBatchNorm2d")
+_ACTIVATIONS = nn.ReLU.__module__
 
 
 def adapt(module: Any) -> HostPlan | None:
-    """Plan every run; None where there is none."""
-    children = list(module._modules.items())
+    """An nn.Sequential: plan every run; None where there is none."""
+    return children(module, "forward")
+
+
+def children(
+    module: Any,
+    method: str,
+    keep: Collection[str] | None = None,
+    allowed: Callable[[Any], None] | None = None,
+    returned: Callable[[Any, Any], Any] | None = None,
+) -> HostPlan | None:
+    """Plan every run among the children, which ``method`` calls in order; None where there is none.
+
+    ``keep``: names in ``module.return_layers``, whose outputs are returned in an OrderedDict; None: the last output is
+    returned. ``allowed(module)`` raises Refusal where the method does something else. ``returned(module, x)`` makes of
+    a child's output what is returned of it.
+    """
+    items = [(name, child) for name, child in module._modules.items() if child is not None]
     parts: list[BlockPlan] = []
-    steps: list[int | str] = []  # a part's number, or the name of a child that is called as it is
+    steps: list[tuple[int | str, str]] = []  # a part's number or a child's name, and the name of its last child
+    left: list[str] = []
+    kept = frozenset(keep or ())
     i = 0
-    while i < len(children):
-        name, child = children[i]
-        norm = children[i + 1][1] if i + 1 < len(children) else None
-        if type(child) is not nn.Conv2d or type(norm).__name__ not in _NORMS:
-            steps.append(name)
+    while i < len(items):
+        run = _run(items[i:], kept)
+        if run is None:
+            steps.append((items[i][0], items[i][0]))
             i += 1
             continue
-        act = children[i + 2] if i + 2 < len(children) and type(children[i + 2][1]) is nn.ReLU else None
-        parts.append(BlockPlan("sequence", (ConvBnPath(name, children[i + 1][0], act[0] if act else False),)))
-        steps.append(len(parts) - 1)
-        i += 3 if act else 2
+        plan, length = run
+        steps.append((len(parts), items[i + length - 1][0]))
+        parts.append(plan)
+        i += length
+        if plan.layers[0].act is False and i < len(items) and type(items[i][1]).__module__ == _ACTIVATIONS:
+            left.append(f"{items[i][0]} ({type(items[i][1]).__name__}; supported is ReLU)")
     if not parts:
         return None
-    names = tuple(name for name, _ in children)
+    names = tuple(module._modules)
 
-    def forward(module: Any, x: Tensor, part: Part) -> Tensor:
+    def forward(module: Any, x: Tensor, part: Part) -> Any:
         if tuple(module._modules) != names:
             raise Refusal("children were added or removed since fuse(); remedy: unfuse(model), then fuse(model)")
-        for step in steps:
+        if allowed is not None:
+            allowed(module)
+        if keep is not None and frozenset(module.return_layers) != kept:
+            raise Refusal("return_layers changed since fuse(); remedy: unfuse(model), then fuse(model)")
+        out: OrderedDict[str, Any] = OrderedDict()
+        for step, name in steps:
             x = part(step, x) if isinstance(step, int) else module._modules[step](x)
-        return x
+            if name in kept:
+                out[module.return_layers[name]] = x if returned is None else returned(module, x)
+        return x if keep is None else out
 
-    return HostPlan("sequence", tuple(parts), "forward", forward)
+    return HostPlan("sequence", tuple(parts), method, forward, ", ".join(left))
+
+
+def _run(items: list[tuple[str, Any]], kept: frozenset[str]) -> tuple[BlockPlan, int] | None:
+    """The run that begins with the first of ``items``, and its length; no output in ``kept`` stays inside."""
+    if len(items) < 2 or type(items[0][1]) is not nn.Conv2d or items[0][0] in kept:
+        return None
+    norm = norm_of(type(items[1][1]))
+    if norm is None:
+        return None
+    conv, bn = items[0][0], items[1][0]
+    if norm.inner:
+        return BlockPlan("sequence", (ConvBnPath(conv, bn, f"{bn}.act"),), idle=(f"{bn}.drop",)), 2
+    layer = ConvBnPath(conv, bn)
+    if bn in kept or len(items) < 3 or type(items[2][1]) is not nn.ReLU:
+        return BlockPlan("sequence", (layer,)), 2
+    act = items[2][0]
+    layer = ConvBnPath(conv, bn, act)
+    if act in kept or len(items) < 4 or not _is_known_pool(items[3][1]):
+        return BlockPlan("sequence", (layer,)), 3
+    return BlockPlan("sequence", (layer,), pool=items[3][0]), 4
+
+
+def _is_known_pool(m: Any) -> bool:
+    return type(m) is nn.MaxPool2d and all(
+        getattr(m, name) in (number, (number, number))
+        for name, number in {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}.items()
+    )

@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "CommandError", "did_you_mean"]
 #: Name of the command, which is the name of its module, and the line that ``resnet-fast --help`` shows.
 COMMANDS: dict[str, str] = {
     "bench": "check that a fused model equals torch's, then time it against eager and compiled torch",
+    "models": "which models of which library are fused, what of them is left, and why",
     "info": "versions, hardware, and which backend can run which operation here, or why not",
 }
 

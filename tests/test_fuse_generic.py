@@ -1,0 +1,479 @@
+"""fuse(model, generic=True), and blocks that are traced: what is found, what is refused and why, what is seen later."""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast.functional import add_relu
+from tests import standins
+from tests.fusing import X, assert_same_model, calibrated, run
+from tests.tolerance import DTYPES, assert_close
+
+FLAG = True
+
+
+class Base(nn.Module):
+    """Two convolutions with their norms, and something more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.extra = nn.Conv2d(8, 8, 1)
+        self.pool = nn.AvgPool2d(3, 1, 1)
+        self.rate, self.function, self.items = 0.5, F.relu, [1]
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn1(self.conv1(x)))
+
+
+def made(forward: Callable[..., Any]) -> nn.Module:
+    torch.manual_seed(0)
+    return calibrated(type(forward.__name__, (Base,), {"forward": forward})())
+
+
+def fused(forward: Callable[..., Any]) -> nn.Module:
+    return resnet_fast.fuse(made(forward), generic=True)
+
+
+def parts(model: nn.Module) -> list[str]:
+    """What is fused, by explain()."""
+    return [row.reason for row in resnet_fast.explain(model) if row.status != "not"]
+
+
+# ---- what is found ----------------------------------------------------------------------------------------------
+
+
+def functional(self: Any, x: Tensor) -> Tensor:
+    x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+    return torch.relu(self.bn2(self.conv2(x)))
+
+
+def through_a_method(self: Any, x: Tensor) -> Tensor:
+    return self.bn2(self.conv2(self.inner(x))).relu_()
+
+
+def identity(self: Any, x: Tensor) -> Tensor:
+    x = self.inner(x)
+    return self.relu(x + self.bn2(self.conv2(x)))
+
+
+def in_place_sum(self: Any, x: Tensor) -> Tensor:
+    x = self.inner(x)
+    out = self.bn2(self.conv2(x))
+    out += self.pool(x)
+    return F.relu_(out)
+
+
+def sum_without_relu(self: Any, x: Tensor) -> Tensor:
+    x = self.inner(x)
+    return torch.add(x, self.bn2(self.conv2(x)))
+
+
+def sum_behind_a_module(self: Any, x: Tensor) -> Tensor:
+    x = self.inner(x)
+    return self.relu(self.extra(self.bn2(self.conv2(x))) + x)
+
+
+def two_outputs(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    one = self.inner(x)
+    return one, self.bn2(self.conv2(one)).relu()
+
+
+def options(self: Any, x: Tensor) -> Tensor:
+    if self.rate > 0 and self.extra is not None:
+        return self.function(self.bn2(self.conv2(self.inner(x)))) * self.rate
+    return x
+
+
+def uses_the_middle(self: Any, x: Tensor) -> Tensor:
+    y = self.conv1(x)
+    return self.bn1(y) + y.mean()
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        (functional, ["conv1 + bn1 + relu, conv2 + bn2 + relu"]),
+        (through_a_method, ["conv1 + bn1 + relu, conv2 + bn2 + relu"]),
+        (identity, ["conv1 + bn1 + relu; conv2 + bn2 + relu, identity"]),
+        (in_place_sum, ["conv1 + bn1 + relu; conv2 + bn2 + relu, the sum; as it is: pool (AvgPool2d)"]),
+        (sum_without_relu, ["conv1 + bn1 + relu; conv2 + bn2, identity"]),
+        (sum_behind_a_module, ["conv1 + bn1 + relu; conv2 + bn2; sum + relu; as it is: extra (Conv2d)"]),
+        (two_outputs, ["conv1 + bn1 + relu; conv2 + bn2 + relu"]),
+        (options, ["conv1 + bn1 + relu, conv2 + bn2 + relu"]),
+        (uses_the_middle, []),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_found(forward: Callable[..., Any], found: list[str]) -> None:
+    rows = assert_same_model(lambda: made(forward), X, generic=True)
+    assert [row.reason for row in rows if row.status != "not"] == found, f"\n{rows}"
+
+
+def test_without_generic_nothing_is_traced() -> None:
+    model = resnet_fast.fuse(made(functional))
+    rows = resnet_fast.explain(model)
+    assert {row.status for row in rows} == {"not"}
+    assert any("fuse(model, generic=True) fuses it" in row.reason for row in rows)
+    assert any("no convolution and batch norm follow each other" in row.reason for row in rows if row.name == "extra")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(dtype: torch.dtype) -> None:
+    assert_same_model(lambda: made(in_place_sum), X, dtype=dtype, generic=True)
+
+
+def test_autocast_bfloat16() -> None:
+    plain, ours = made(in_place_sum).train(), fused(in_place_sum).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = plain(X), ours(X)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.1)
+    assert parts(ours)
+
+
+# ---- what is refused, with its reason ---------------------------------------------------------------------------
+
+
+def on_shape(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x) if x.shape[0] > 1 else x
+
+
+def on_type(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x) if isinstance(x, Tensor) else x
+
+
+def on_mode(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x) if self.training else self.inner(x) * 2
+
+
+def on_grad(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x) if torch.is_grad_enabled() else self.inner(x) * 2
+
+
+def on_chance(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x) * random.random()
+
+
+def on_a_tensor_of_its_own(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x) + torch.rand(1)
+
+
+def on_a_global(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x) if FLAG else x
+
+
+def on_a_list(self: Any, x: Tensor) -> Tensor:
+    return self.inner(x) * self.items[0]
+
+
+def without_gradients(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return self.inner(x)
+
+
+def with_try(self: Any, x: Tensor) -> Tensor:
+    try:
+        return self.inner(x)
+    except ValueError:
+        return x
+
+
+def sets_an_attribute(self: Any, x: Tensor) -> Tensor:
+    self.last = self.inner(x)
+    return self.last
+
+
+def changes_a_mode(self: Any, x: Tensor) -> Tensor:
+    self.bn1.eval()
+    return self.inner(x)
+
+
+def past_call(self: Any, x: Tensor) -> Tensor:
+    return self.relu.forward(self.bn1(self.conv1(x)))
+
+
+class Parent(Base):
+    def head(self, x: Tensor) -> Tensor:
+        return self.inner(x) * random.random()
+
+
+class Child(Parent):
+    def head(self, x: Tensor) -> Tensor:
+        return super().head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def test_what_super_calls_is_read() -> None:
+    model = resnet_fast.fuse(Child(), generic=True)
+    assert not parts(model)
+    assert "Parent.head depends on random" in resnet_fast.explain(model)[0].reason
+
+
+def two_inputs(self: Any, x: Tensor, y: Tensor | None = None) -> Tensor:
+    return self.inner(x)
+
+
+def decorated(self: Any, x: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def _decorated() -> Callable[..., Any]:
+    scale = 2
+
+    def decorated(self: Any, x: Tensor) -> Tensor:
+        return self.inner(x) * scale
+
+    return decorated
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (on_shape, "control flow"),
+        (on_type, "isinstance"),
+        (on_mode, "something else in training"),
+        (on_grad, ".is_grad_enabled"),
+        (on_chance, "random"),
+        (on_a_tensor_of_its_own, "tensors of its own"),
+        (on_a_global, "depends on FLAG"),
+        (on_a_list, ".items, a list"),
+        (without_gradients, "a with or a try"),
+        (with_try, "a with or a try"),
+        (sets_an_attribute, "sets last"),
+        (changes_a_mode, ".eval"),
+        (past_call, ".forward"),
+        (two_inputs, "one input"),
+        (_decorated(), "closes over"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_refused(forward: Callable[..., Any], reason: str) -> None:
+    model = fused(forward).train()
+    rows = resnet_fast.explain(model)
+    assert not parts(model), f"\n{rows}"
+    assert all("cannot be traced" in row.reason and reason in row.reason for row in rows if row.name == "conv1"), rows
+    outputs = []
+    for m in (made(forward).train(), model):
+        torch.manual_seed(1)
+        random.seed(1)
+        outputs.append(m(X))
+    assert torch.equal(*outputs)
+
+
+def test_refusal_changes_nothing() -> None:
+    model = made(on_a_tensor_of_its_own).train()
+    before = {k: v for k, v in model.__dict__.items() if k != "_modules"}
+    resnet_fast.fuse(model, generic=True)
+    assert {k: v for k, v in model.__dict__.items() if k != "_modules"} == before
+    assert model.training and model.bn1.training
+
+
+# ---- order, and writing in place --------------------------------------------------------------------------------
+
+
+class Writes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+def written_between(self: Any, x: Tensor) -> Tensor:
+    x = self.inner(x)
+    out = self.bn2(self.conv2(x))
+    return self.relu(out + self.writes(x))
+
+
+def written_by_a_function(self: Any, x: Tensor) -> Tensor:
+    x = self.inner(x)
+    out = self.bn2(self.conv2(x))
+    return self.relu(out + x.mul_(2))
+
+
+def written_shortcut(self: Any, x: Tensor) -> Tensor:
+    x = self.inner(x)
+    identity = x
+    identity += self.bn2(self.conv2(x))
+    return self.relu(identity) + x
+
+
+@pytest.mark.parametrize("forward", [written_between, written_by_a_function, written_shortcut])
+def test_what_is_written_in_place_is_read_in_time(forward: Callable[..., Any]) -> None:
+    plain, ours = made(forward), made(forward)
+    for model in (plain, ours):
+        model.writes = Writes()
+    resnet_fast.fuse(ours, generic=True)
+    assert parts(ours)
+    for model in (plain, ours):
+        model.eval()
+    torch.testing.assert_close(run(ours), run(plain), rtol=1e-5, atol=1e-5)
+
+
+class Block(nn.Module):
+    """A block that adds what it is given to add."""
+
+    def __init__(self, side: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.side = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), side
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + self.side(x))
+
+
+class Wide(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+@pytest.mark.parametrize("side", [nn.AdaptiveAvgPool2d(1), Wide()], ids=["broadcast", "promoted"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_torchs_rules_of_sums(side: nn.Module, train: bool) -> None:
+    torch.manual_seed(0)
+    plain = Block(side).train(train)
+    ours = resnet_fast.fuse(copy.deepcopy(plain), generic=True)
+    assert parts(ours)
+    expected, found = plain(X), ours(X)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert "a summand is" in resnet_fast.explain(ours)[0].reason
+    for a, b in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- what a swap keeps ------------------------------------------------------------------------------------------
+
+
+def test_unfuse_restores_bit_for_bit() -> None:
+    model = calibrated(standins.UNet()).eval()
+    before, keys, kinds = run(model), list(model.state_dict()), [type(m) for m in model.modules()]
+    resnet_fast.fuse(model, generic=True)
+    assert list(model.state_dict()) == keys and len(parts(model)) == 5
+    torch.testing.assert_close(run(model), before, rtol=1e-4, atol=1e-4)
+    resnet_fast.unfuse(model)
+    assert [type(m) for m in model.modules()] == kinds and torch.equal(run(model), before)
+
+
+def test_fuse_again_keeps_what_was_traced() -> None:
+    model = fused(in_place_sum)
+    found = parts(model)
+    assert found and parts(resnet_fast.fuse(model)) == found == parts(resnet_fast.fuse(model, generic=True))
+
+
+def test_copies_and_files() -> None:
+    model = resnet_fast.fuse(calibrated(standins.UNet()).eval(), generic=True)
+    expected = run(model)
+    twin = copy.deepcopy(model)
+    assert parts(twin) == parts(model)
+    with torch.no_grad():
+        twin.down1.conv1.weight.mul_(2)
+    assert torch.equal(run(model), expected) and not torch.equal(run(twin), expected)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert not parts(loaded) and type(loaded.down1) is standins.Down
+    torch.testing.assert_close(run(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compile_fullgraph() -> None:
+    model = made(in_place_sum).eval()
+    expected = run(model)
+    compiled = torch.compile(resnet_fast.fuse(model, generic=True), fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(compiled), expected)
+
+
+# ---- what changes after fuse() is seen --------------------------------------------------------------------------
+
+
+def attribute(model: nn.Module) -> None:
+    model.rate = 3.0
+
+
+def removed(model: nn.Module) -> None:
+    model.extra = None
+
+
+def hooked(model: nn.Module) -> None:
+    model.bn1.register_forward_hook(lambda m, args, out: out + 1)
+
+
+def other_norm(model: nn.Module) -> None:
+    model.bn2 = nn.GroupNorm(2, 8)
+
+
+def other_function(model: nn.Module) -> None:
+    model.function = torch.sigmoid
+
+
+@pytest.mark.parametrize("change", [attribute, removed, hooked, other_norm, other_function], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_change(change: Callable[[nn.Module], None], train: bool) -> None:
+    plain, ours = made(options).train(train), fused(options).train(train)
+    assert torch.allclose(plain(X), ours(X), rtol=1e-4, atol=1e-4)
+    for model in (plain, ours):
+        change(model)
+    torch.testing.assert_close(ours(X), plain(X), rtol=1e-4, atol=1e-4)
+    assert not parts(ours), f"\n{resnet_fast.explain(ours)}"
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("where", ["layer2.0.shortcut", "layer1.0.shortcut"])
+def test_a_shortcut_that_grows_is_seen(where: str, train: bool) -> None:
+    """A Sequential that was traced through, and one that was empty and left out."""
+    torch.manual_seed(0)
+    plain = calibrated(standins.cifar()).train(train)
+    ours = resnet_fast.fuse(copy.deepcopy(plain))
+    assert torch.allclose(run(plain), run(ours), rtol=1e-4, atol=1e-4)
+    for model in (plain, ours):
+        run(model)
+        model.get_submodule(where).append(nn.Tanh())
+    torch.testing.assert_close(run(ours), run(plain), rtol=1e-4, atol=1e-4)
+    row = next(row for row in resnet_fast.explain(ours) if row.name == where.rpartition(".")[0])
+    assert row.status == "not", row
+
+
+def test_a_hook_on_a_container_that_was_traced_through() -> None:
+    model = resnet_fast.fuse(calibrated(standins.cifar("ResidualBlock")))
+    seen: list[int] = []
+    model.layer2[0].residual_function.register_forward_hook(lambda m, args, out: seen.append(1))
+    model(X)
+    assert seen == [1]
+
+
+# ---- a sum by itself --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_relu(dtype: torch.dtype) -> None:
+    a, b = (torch.randn(2, 5, 4, 3).to(dtype) for _ in range(2))
+    a[0, 0, 0, 0] = float("nan")
+    dz = torch.randn(2, 5, 4, 3).to(dtype)
+
+    def results(cast: torch.dtype, forward: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        leaves = [t.to(cast).detach().requires_grad_(True) for t in (a, b)]
+        z = forward(*leaves)
+        z.backward(dz.to(cast))
+        return [z, *(t.grad for t in leaves if t.grad is not None)]
+
+    ours, theirs = results(dtype, add_relu), results(dtype, lambda x, y: torch.relu(x + y))
+    for mine, ref, torchs in zip(ours, results(torch.float64, lambda x, y: torch.relu(x + y)), theirs, strict=True):
+        assert mine.dtype == dtype
+        assert_close(mine, ref, torchs)
+    with torch.no_grad():
+        assert_close(add_relu(a, b), torch.relu(a.double() + b.double()), torch.relu(a + b))
+    only = b.clone().requires_grad_(True)
+    add_relu(a, only).backward(dz)
+    assert only.grad is not None and a.grad is None

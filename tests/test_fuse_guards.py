@@ -1,0 +1,160 @@
+"""When a fused block steps back to its original forward, and that torch's own tools see the original."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import nn
+
+import resnet_fast
+from resnet_fast import models
+from tests.fusing import X, net, run, statuses
+
+# ---- guards: the block steps back -----------------------------------------------------------------------------------
+
+
+def hooked(block: nn.Module) -> None:
+    block.bn1.register_forward_hook(lambda m, args, out: out + 1)
+
+
+def pre_hooked(block: nn.Module) -> None:
+    block.conv2.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+
+
+def backward_hooked(block: nn.Module) -> None:
+    block.relu.register_full_backward_hook(lambda m, gi, go: None)
+
+
+def parametrized(block: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(block.conv1)
+
+
+def pruned(block: nn.Module) -> None:
+    torch.nn.utils.prune.l1_unstructured(block.conv1, "weight", amount=0.5)
+
+
+def other_norm(block: nn.Module) -> None:
+    block.bn2 = nn.GroupNorm(4, 16)
+
+
+def other_act(block: nn.Module) -> None:
+    block.relu = nn.GELU()
+
+
+def padding_mode(block: nn.Module) -> None:
+    block.conv1.padding_mode = "reflect"
+
+
+def own_forward(block: nn.Module) -> None:
+    block.conv1.forward = lambda x: nn.functional.conv2d(x, block.conv1.weight, padding=1) * 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, pre_hooked, backward_hooked, parametrized, pruned, other_norm, other_act, padding_mode, own_forward],
+    ids=lambda c: c.__name__,
+)
+def test_guard(change) -> None:
+    model = resnet_fast.fuse(net())
+    run(model)
+    change(model.layer1[1])
+    row = next(r for r in resnet_fast.explain(model) if r.name == "layer1.1")
+    assert row.status == "not"
+    assert row.reason
+    ours = run(model)
+    assert torch.equal(ours, run(model))
+    resnet_fast.unfuse(model)
+    torch.testing.assert_close(ours, run(model), rtol=1e-4, atol=1e-3)
+
+
+def test_mistakes_get_torchs_own_errors() -> None:
+    plain, ours = net(), resnet_fast.fuse(net())
+    for bad in (X[0, 0], X[:, :2], X.double(), X.long(), torch.empty(2, 3, 0, 0), "image"):
+        with pytest.raises(Exception) as theirs:
+            plain(bad)
+        with pytest.raises(type(theirs.value)) as mine:
+            ours(bad)
+        assert str(mine.value) == str(theirs.value)
+
+
+def test_empty_batch() -> None:
+    assert run(resnet_fast.fuse(net()), X[:0]).shape == (0, 10)
+
+
+def test_one_value_per_channel() -> None:
+    block = resnet_fast.fuse(models.BasicBlock(4, 4).train())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(torch.randn(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_not_finite_comes_out_as_in_torch(value: float, dtype: torch.dtype) -> None:
+    x = X.clone()
+    x[0, 1, 5, 5] = value
+    plain, ours = net().to(dtype), resnet_fast.fuse(net().to(dtype))
+    expected, found = run(plain, x.to(dtype)), run(ours, x.to(dtype))
+    assert torch.equal(expected.isnan(), found.isnan())
+    assert torch.equal(expected.isinf(), found.isinf())
+    assert expected[1].isfinite().all()
+
+
+def test_not_finite_weights_come_out_as_in_torch() -> None:
+    plain = net()
+    plain.layer2[0].conv1.weight.data[3, 2, 1, 1] = float("nan")
+    assert run(plain).isnan().all()
+    assert run(resnet_fast.fuse(plain)).isnan().all()
+
+
+def test_statistics_of_the_swapped_norm_are_seen() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(resnet_fast.fuse(net()))
+    assert statuses(model) == {"fused", "partly"}  # in eval it is a batch norm like any other
+    torch.testing.assert_close(run(model), run(net()), rtol=1e-4, atol=1e-3)
+    model.train()
+    assert statuses(model) == {"fused", "partly"}  # without a process group it is alone: test_sync.py has two
+
+
+# ---- torch's own tools see the original -----------------------------------------------------------------------------
+
+
+def test_compile_fullgraph() -> None:
+    model = net()
+    expected = run(model)
+    compiled = torch.compile(resnet_fast.fuse(model), fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(compiled), expected)
+
+
+def test_export() -> None:
+    model = net()
+    expected = run(model)
+    program = torch.export.export(resnet_fast.fuse(model), (X,))
+    torch.testing.assert_close(run(program.module()), expected)
+
+
+def test_functional_call_and_vmap() -> None:
+    model = net()
+    expected = run(model)
+    resnet_fast.fuse(model)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.functional_call(model, state, (X,)), expected, rtol=1e-4, atol=1e-3)
+        mapped = torch.func.vmap(lambda x: torch.func.functional_call(model, state, (x[None],))[0])(X)
+    torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_checkpointing_updates_statistics_as_torch_does() -> None:
+    results = []
+    for model in (net().train(), resnet_fast.fuse(net().train())):
+        stem = model.relu(model.bn1(model.conv1(X)))
+        out = torch.utils.checkpoint.checkpoint(model.layer1, stem, use_reentrant=False)
+        out.square().mean().backward()
+        results.append((model.layer1[0].bn1.num_batches_tracked.item(), model.layer1[0].bn1.running_mean.clone()))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_macs_sees_through_fuse() -> None:
+    model = net()
+    count = models.macs(model, (3, 32, 32))
+    assert models.macs(resnet_fast.fuse(model), (3, 32, 32)) == count
