@@ -14,6 +14,7 @@ __all__ = ["COMMANDS", "CommandError", "did_you_mean"]
 COMMANDS: dict[str, str] = {
     "bench": "check that a fused model equals torch's, then time it against eager and compiled torch",
     "info": "versions, hardware, and which backend can run which operation here, or why not",
+    "verify": "errors of the fused network, its blocks and layers beside torch's own, against float64",
 }
 
 
