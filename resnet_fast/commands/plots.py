@@ -148,7 +148,7 @@ def errors(
         plt.Line2D([], [], color="#000000", label="the bound"),
     ]
     panel.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
-    for i, c in enumerate(curves):
-        losses(figure.add_subplot(grid[1, i]), figure.add_subplot(grid[2, i]), c)
+    for i, curve in enumerate(curves):
+        losses(figure.add_subplot(grid[1, i]), figure.add_subplot(grid[2, i]), curve)
     figure.suptitle(textwrap.fill(title, 90), fontsize=12)
     save(figure, file, line)

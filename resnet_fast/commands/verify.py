@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s, a GPU where there is one)")
     add("--dtype", help="float32, bfloat16, float16, a comma list (default: float32, and bfloat16 where it is native)")
     add("--only", default=",".join(SECTIONS), help=f"a comma list of {', '.join(SECTIONS)} (default: all)")
-    add("--steps", type=int, default=8, help="training steps of the loss curves (default: %(default)s)")
+    add("--steps", type=int, default=6, help="training steps of the loss curves (default: %(default)s)")
     add("--images", metavar="DIR", help="a folder of jpg and png files (default: scikit-learn's photographs)")
     add("--size", type=int, help="height and width of the images (default: 96; 32 for cifar networks)")
     add("--threads", type=int, help="torch's CPU threads (default: left as they are)")
@@ -136,7 +136,7 @@ def _fused(module: nn.Module) -> Callable[[Tensor], Any]:
     return resnet_fast.fuse(module)
 
 
-def _layer(name: str, conv: nn.Module, bn: nn.Module, relu: bool, pool: nn.Module | None = None) -> Unit:
+def _layer(name: str, conv: nn.Conv2d, bn: nn.Module, relu: bool, pool: nn.Module | None = None) -> Unit:
     if pool is not None:  # windows tie, and which value wins is as undecided as a ReLU near 0
         return Unit(name, "stem", modules.Stem.from_modules(conv, bn, pool), _itself, _unfused, None)
     unit = modules.ConvBnAct2d.from_modules(conv, bn, relu)
