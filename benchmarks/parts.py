@@ -54,12 +54,12 @@ class Settings(NamedTuple):
     @property
     def batch(self) -> int:
         """Of single ops."""
-        return 2 if self.tiny else 8 if self.device.type == "cpu" else 128
+        return 2 if self.tiny else 4 if self.device.type == "cpu" else 128
 
     @property
     def seconds(self) -> float:
         """Of rounds for one contender of one op."""
-        return 0.005 if self.tiny else 0.4 if self.device.type == "cpu" else 0.05
+        return 0.005 if self.tiny else 0.1 if self.device.type == "cpu" else 0.05
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -294,7 +294,7 @@ def _networks(settings: Settings, mode: str) -> list[Network]:
     if settings.tiny:
         return [Network("cifar_resnet20", 2, first, "plain")]
     if settings.device.type == "cpu":
-        return [Network("resnet50", batch, first, "plain") for batch in (1, 4, 16)]
+        return [Network("resnet50", n, first, "plain") for n in ((1, 4) if mode == "training" else (1, 4, 16))]
     half = 2 if mode == "training" else 1
     found = [Network("resnet50", 256 // half, first, group) for group in ("eager", "compile")]
     found += [Network("resnet50", batch // half, first, "eager") for batch in (64, 512, 16)]
@@ -346,7 +346,7 @@ def _network(settings: Settings, mode: str, network: Network, progress: Progress
     x = _photographs(settings, network.batch)
     setting = timing.Setting(mode, network.batch, _size(settings), network.dtype, settings.device)
     entries = [timing.contender(name, model, x, setting) for name in GROUPS[network.group]]
-    seconds = 0.2 if settings.tiny else 20.0 if settings.device.type == "cpu" else 2.0
+    seconds = 0.2 if settings.tiny else 8.0 if settings.device.type == "cpu" else 2.0
     results = timing.measure(
         entries, setting, progress, rounds=None, seconds=seconds, baseline="channels_last", needed=()
     )
@@ -392,7 +392,7 @@ def _steps(settings: Settings, mode: str, batch: int, progress: Progress) -> lis
         fuse = functools.partial(resnet_fast.fuse, filter_fn=wanted)
         entries.append(timing.contender("resnet_fast", model, x, setting, fuse)._replace(name=step))
     first = next(iter(STEPS))
-    seconds = 0.2 if settings.tiny else 40.0 if settings.device.type == "cpu" else 3.0
+    seconds = 0.2 if settings.tiny else 20.0 if settings.device.type == "cpu" else 3.0
     results = timing.measure(entries, setting, progress, rounds=None, seconds=seconds, baseline=first, needed=())
     return [
         {
@@ -523,8 +523,8 @@ def run(
     """Measure the items of ``part`` that are not in ``skip`` until ``deadline`` (time.time()).
 
     ``tell`` gets {"item", "state"}: "begin"; then "done" with "records" and "seconds", or "failed" with "reason"; or
-    "left out", where its kind takes longer than there is time, or it cannot run here. An error that leaves the device unusable is told, and
-    raised: a new process goes on.
+    "left out", where its kind takes longer than there is time, or it cannot run here. An error that leaves the device
+    unusable is told, and raised: a new process goes on.
     """
     took: dict[str, float] = {}
     for item in items(part, settings):

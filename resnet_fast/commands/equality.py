@@ -286,7 +286,8 @@ class Unit(NamedTuple):
 
     ``decided(module, x)``, of float64, moves the betas of ``module`` so that no ReLU's input lies near 0: where
     rounding decides on which side a value lies, gradients jump by a finite amount, in torch as in ours, and no error
-    of single values can be compared. None: its gradients are judged by their norm alone.
+    of single values can be compared. None: its gradients are judged by their norm alone. ``fold(module)`` folds batch
+    norm into convolutions as torch itself does for inference.
     """
 
     name: str
@@ -295,6 +296,7 @@ class Unit(NamedTuple):
     ours: Callable[[nn.Module], Callable[[Tensor], Any]]
     plain: Callable[[nn.Module], Callable[[Tensor], Any]]
     decided: Callable[[nn.Module, Tensor], None] | None
+    fold: Callable[[nn.Module], None]
 
 
 def _unit_step(
@@ -368,7 +370,10 @@ def unit_checks(unit: Unit, x: Tensor, dtype: torch.dtype, train: bool = True, e
         theirs = _named(unit.plain(in_layout(copy.deepcopy(module), last))(low))
         again = _named(unit.plain(copy.deepcopy(module))(low.contiguous()))
         reference = _named(unit.plain(copy.deepcopy(module).double())(low.double()))
-    found.append(_judge("eval", dtype, "outputs", mine, [theirs, again], reference))
+        folded = in_layout(copy.deepcopy(module), last)
+        unit.fold(folded)
+        ways = [theirs, again, _named(unit.plain(folded)(low))]
+    found.append(_judge("eval", dtype, "outputs", mine, ways, reference))
     if train:
         module = copy.deepcopy(unit.module)
         exact = each if each is not None else dtype == torch.float32 and unit.decided is not None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import resnet_fast
 from resnet_fast import adapters, modules
@@ -124,6 +125,16 @@ def _decide(
             handle.remove()
 
 
+def _fold(plan: BlockPlan, module: nn.Module) -> None:
+    """torch's own folding, in the dtype of ``module``; a batch norm becomes the identity."""
+    sides = (plan.shortcut,) if isinstance(plan.shortcut, ConvBnPath) else ()
+    for layer in (*plan.layers, *sides):
+        fused = fuse_conv_bn_eval(find(module, layer.conv), find(module, layer.bn))
+        for path, new in ((layer.conv, fused), (layer.bn, nn.Identity())):
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, new)
+
+
 def _itself(module: nn.Module) -> Callable[[Tensor], Any]:
     return module
 
@@ -138,10 +149,12 @@ def _fused(module: nn.Module) -> Callable[[Tensor], Any]:
 
 def _layer(name: str, conv: nn.Conv2d, bn: nn.Module, relu: bool, pool: nn.Module | None = None) -> Unit:
     if pool is not None:  # windows tie, and which value wins is as undecided as a ReLU near 0
-        return Unit(name, "stem", modules.Stem.from_modules(conv, bn, pool), _itself, _unfused, None)
+        stem = modules.Stem.from_modules(conv, bn, pool)
+        return Unit(name, "stem", stem, _itself, _unfused, None, functools.partial(_fold, modules.Stem.plan))
     unit = modules.ConvBnAct2d.from_modules(conv, bn, relu)
-    decided = functools.partial(_decide, BlockPlan("layer", (ConvBnPath("conv", "bn", relu),)), forward=_unfused)
-    return Unit(name, "layer", unit, _itself, _unfused, decided)
+    plan = BlockPlan("layer", (ConvBnPath("conv", "bn", relu),))
+    decided = functools.partial(_decide, plan, forward=_unfused)
+    return Unit(name, "layer", unit, _itself, _unfused, decided, functools.partial(_fold, plan))
 
 
 def units(model: nn.Module) -> Iterator[tuple[Unit, str]]:
@@ -165,7 +178,8 @@ def units(model: nn.Module) -> Iterator[tuple[Unit, str]]:
                 yield _layer(prefix + layer.conv, conv, find(host, layer.bn), relu, pool), prefix + layer.conv
         if isinstance(plan, BlockPlan) and row.name:
             decided = functools.partial(_decide, plan, forward=_itself)
-            yield Unit(row.name, plan.kind, host, _fused, _itself, decided), row.name
+            fold = functools.partial(_fold, plan)
+            yield Unit(row.name, plan.kind, host, _fused, _itself, decided, fold), row.name
 
 
 @torch.no_grad()
@@ -291,7 +305,7 @@ def _adversarial(options: _Options, progress: Progress) -> Section:
         plan = adapters.look(module, type(module))
         assert isinstance(plan, BlockPlan)
         decided = None if special else functools.partial(_decide, plan, forward=_itself)
-        unit = Unit(name, plan.kind, module, _fused, _itself, decided)
+        unit = Unit(name, plan.kind, module, _fused, _itself, decided, functools.partial(_fold, plan))
         with progress(f"{bar(i, len(every))} adversarial: {name}"):
             for dtype in options.dtypes:
                 checks += equality.unit_checks(unit, x, dtype, train, True if special else None)
