@@ -69,7 +69,7 @@ bench-gpu: gpu-build  ## build for the Python in use, then measure on the GPU; P
 		$(if $(PART),--part $(PART)) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 bench-check:  ## time a little with the Python in use, and compare with benchmarks/results; never fails
-	@$(PYTHON) -m benchmarks.compare $(ARGS)
+	@$(PYTHON) -m benchmarks.compare $(ARGS) || [ $$? = 2 ]
 
 # Seconds of the target's whole time (the argument) that are left after the build.
 left = $$(($(1) - ($$(date +%s) - $(START))))

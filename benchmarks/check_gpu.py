@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 
 
 def _run(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> int | None:
-    """Exit status; None where the time ran out (then SIGINT: pytest still writes its report). Output goes to ``log``."""
+    """Exit status; None where the time ran out (after SIGINT: pytest writes its report). Output: ``log``."""
     print(f"==> {' '.join(command)}", flush=True)
     with log.open("a") as f:
         f.write(f"\n$ {' '.join(command)}\n")

@@ -346,7 +346,7 @@ def _network(settings: Settings, mode: str, network: Network, progress: Progress
     x = _photographs(settings, network.batch)
     setting = timing.Setting(mode, network.batch, _size(settings), network.dtype, settings.device)
     entries = [timing.contender(name, model, x, setting) for name in GROUPS[network.group]]
-    seconds = 0.2 if settings.tiny else 8.0 if settings.device.type == "cpu" else 2.0
+    seconds = 0.2 if settings.tiny else 5.0 if settings.device.type == "cpu" else 2.0
     results = timing.measure(
         entries, setting, progress, rounds=None, seconds=seconds, baseline="channels_last", needed=()
     )
@@ -392,7 +392,7 @@ def _steps(settings: Settings, mode: str, batch: int, progress: Progress) -> lis
         fuse = functools.partial(resnet_fast.fuse, filter_fn=wanted)
         entries.append(timing.contender("resnet_fast", model, x, setting, fuse)._replace(name=step))
     first = next(iter(STEPS))
-    seconds = 0.2 if settings.tiny else 20.0 if settings.device.type == "cpu" else 3.0
+    seconds = 0.2 if settings.tiny else 35.0 if settings.device.type == "cpu" else 3.0
     results = timing.measure(entries, setting, progress, rounds=None, seconds=seconds, baseline=first, needed=())
     return [
         {

@@ -202,5 +202,5 @@ def run(args: argparse.Namespace) -> int:
     if options.plot is not None:
         where = record["gpus"][0]["name"] if options.device.type == "cuda" else record["cpu"]
         title = f"{source.name}, {options.mode}, {where}"
-        plots.bars(title, result["speed"], options.plot)
+        plots.bars(title, result["speed"], options.plot, plots.stamp(record))
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 from . import CommandError
 from .equality import Check, Curves
 
-__all__ = ["bars", "errors", "losses", "require", "stamp"]
+__all__ = ["bars", "errors", "losses", "require", "save", "stamp"]
 
 #: Colour-blind safe (Okabe and Ito); ours stands out, the others are quiet.
 _COLOURS = {"eager": "#bbbbbb", "channels_last": "#888888", "compile": "#56b4e9", "resnet_fast": "#d55e00"}
@@ -29,8 +29,11 @@ def require() -> Any:
     return plt
 
 
-def bars(title: str, settings: Sequence[dict[str, Any]], file: str | Path) -> None:
-    """Draw the "speed" entries of a bench JSON: a panel each, as scales differ; img/s and ratio on the bars."""
+def bars(title: str, settings: Sequence[dict[str, Any]], file: str | Path, line: str) -> None:
+    """Draw the "speed" entries of a bench JSON: a panel each, as scales differ; img/s and ratio on the bars.
+
+    ``line``: where the numbers come from (``stamp``).
+    """
     plt = require()
     columns = min(4, len(settings))
     lines = -(-len(settings) // columns)
@@ -57,8 +60,7 @@ def bars(title: str, settings: Sequence[dict[str, Any]], file: str | Path) -> No
         handles, [_LABELS.get(n, n) for n in names], loc="outside lower center", ncols=max(2, columns), frameon=False
     )
     figure.suptitle(textwrap.fill(title, 36 * columns), fontsize=12)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    save(figure, file, textwrap.fill(line, 48 * columns))
 
 
 def stamp(record: dict[str, Any]) -> str:
@@ -71,7 +73,10 @@ def stamp(record: dict[str, Any]) -> str:
 
 def save(figure: Any, file: str | Path, line: str) -> None:
     """Write the picture, with ``line`` below it: where its numbers come from."""
-    figure.supxlabel(line, fontsize=7.5, color="#555555")
+    if figure.legends:  # also below: one layout for both
+        figure.legends[0].set_title(line, prop={"size": 7.5})
+    else:
+        figure.supxlabel(line, fontsize=7.5, color="#555555")
     figure.savefig(file, dpi=130)
     require().close(figure)
 
