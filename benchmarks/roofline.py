@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tests.cases import Case, resnet50
+from tests.cases import VARIANTS, Case, resnet50
 
 
 class Ceilings(NamedTuple):
@@ -75,20 +75,15 @@ def conv_flops(case: Case) -> int:
     return 2 * case.NPQ * case.K * case.C * case.R**2
 
 
-#: What a variant of an op moves besides: its residual, and the y that makes a gradient lazy.
-_RESIDUAL = ("residual", "projection", "linear_projection", "mask_projection")
-_LAZY_GRADIENT = ("lazy", "lazy_gradient", "masked", "residual")
-
-
 def op_cost(op: str, case: Case, itemsize: int, variant: str) -> Cost:
     """Of one call of ``op`` as ``tests.cases.inputs(op, case, variant=variant)`` makes it.
 
     Raises KeyError for an op that moves no activations.
     """
-    s = sizes(case, itemsize)
-    residual = s.y if variant in _RESIDUAL else 0
-    lazy = s.y if variant in _LAZY_GRADIENT else 0
-    z = s.mask if variant.startswith("mask") else s.y
+    s, options = sizes(case, itemsize), VARIANTS[op][variant]
+    residual = s.y if "residual" in options else 0
+    lazy = s.y if "y" in options else 0  # a gradient that is formed from g and y on its way
+    z = s.mask if "mask" in options else s.y
     flops = conv_flops(case)
     costs = {
         "bn_stats": Cost(s.y, 0),
@@ -105,7 +100,7 @@ def op_cost(op: str, case: Case, itemsize: int, variant: str) -> Cost:
         "conv_dgrad": Cost(s.y + lazy + s.w + s.x, flops),
         "conv_wgrad": Cost(s.y + lazy + s.x_read + s.w, flops),
         "conv_backward": Cost(
-            s.y + lazy + s.x_read + s.w + s.x + s.w + (s.x if variant == "residual" else 0), 2 * flops
+            s.y + lazy + s.x_read + s.w + s.x + s.w + (s.x if "residual" in options else 0), 2 * flops
         ),
         "conv_backward_sums": Cost(s.y + lazy + s.x_read + s.w + s.x + s.w, 2 * flops),
     }

@@ -187,11 +187,10 @@ def eval_checks(
     x = x.to(device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         ours = fuse(copy.deepcopy(same))
-        # Twice: the second call runs on folded weights that were kept.
-        mine = _named(ours(x)) | _named(ours(x), " again")
-        theirs = _named(same(x)) | _named(same(x), " again")
+        mine = _named(ours(x)) | _named(ours(x), _AGAIN)
+        theirs = _named(same(x)) | _named(same(x), _AGAIN)
         once = copy.deepcopy(same).double()(x.double())
-        reference = _named(once) | _named(once, " again")
+        reference = _named(once) | _named(once, _AGAIN)
     return [_judge("eval", dtype, "outputs", mine, [theirs], reference)]
 
 
@@ -228,6 +227,8 @@ def _step(model: nn.Module, x: Tensor, device: torch.device, dtype: torch.dtype)
     return _Step(_named(output), {"loss": value.detach()}, gradients, running)
 
 
+#: What is behind an output's name of the second call, which runs on folded weights that were kept.
+_AGAIN = " again"
 _TURNED = 3  # float64 runs on photographs that are a rounding's worth off
 
 
@@ -366,14 +367,16 @@ def unit_checks(unit: Unit, x: Tensor, dtype: torch.dtype, train: bool = True, e
     low = x.to(dtype).contiguous(memory_format=last)
     with torch.inference_mode():
         module = copy.deepcopy(unit.module).to(dtype).eval()
-        mine = _named(unit.ours(in_layout(copy.deepcopy(module), last))(low))
+        ours = unit.ours(in_layout(copy.deepcopy(module), last))
+        mine = _named(ours(low)) | _named(ours(low), _AGAIN)
         theirs = _named(unit.plain(in_layout(copy.deepcopy(module), last))(low))
-        again = _named(unit.plain(copy.deepcopy(module))(low.contiguous()))
+        nchw = _named(unit.plain(copy.deepcopy(module))(low.contiguous()))
         reference = _named(unit.plain(copy.deepcopy(module).double())(low.double()))
         folded = in_layout(copy.deepcopy(module), last)
         unit.fold(folded)
-        ways = [theirs, again, _named(unit.plain(folded)(low))]
-    found.append(_judge("eval", dtype, "outputs", mine, ways, reference))
+        ways = [theirs, nchw, _named(unit.plain(folded)(low))]
+    twice = [{n + end: t for end in ("", _AGAIN) for n, t in one.items()} for one in (*ways, reference)]
+    found.append(_judge("eval", dtype, "outputs", mine, twice[:-1], twice[-1]))
     if train:
         module = copy.deepcopy(unit.module)
         exact = each if each is not None else dtype == torch.float32 and unit.decided is not None
@@ -381,17 +384,17 @@ def unit_checks(unit: Unit, x: Tensor, dtype: torch.dtype, train: bool = True, e
             wide = copy.deepcopy(module).double()
             unit.decided(wide, x.double())
             module.load_state_dict(wide.state_dict())
-        ours = _unit_step(unit.ours, module, x, dtype)
+        step = _unit_step(unit.ours, module, x, dtype)
         same = [_unit_step(unit.plain, module, x, dtype, layout) for layout in (last, torch.contiguous_format)]
         ref = _unit_step(unit.plain, copy.deepcopy(module).double(), x.double(), dtype)
-        found.append(_judge("train", dtype, "outputs", ours.outputs, [s.outputs for s in same], ref.outputs))
-        gradients = ours.gradients, [s.gradients for s in same], ref.gradients
+        found.append(_judge("train", dtype, "outputs", step.outputs, [s.outputs for s in same], ref.outputs))
+        gradients = step.gradients, [s.gradients for s in same], ref.gradients
         if ref.gradients and exact:
             found.append(_judge("train", dtype, "gradients", *gradients))
         elif ref.gradients:
             found.append(_judge_norms(dtype, "gradients, rms", *gradients))
         if ref.running:
-            running = ours.running, [s.running for s in same], ref.running
+            running = step.running, [s.running for s in same], ref.running
             found.append(_judge("train", dtype, "running statistics", *running))
     return [c._replace(tensor=f"{unit.name}: {c.tensor}") for c in found]
 
@@ -467,7 +470,7 @@ def _losses(
 ) -> list[float]:
     """SGD with momentum over ``batches`` in turn; the loss before each step."""
     scale = LOSS_SCALE.get(dtype, 1.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     held = next(model.parameters()).dtype
     found = []
     with _training(model):

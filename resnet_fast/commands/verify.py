@@ -272,11 +272,11 @@ def _hard() -> Iterator[Hard]:
         return x
 
     yield Hard("mean / std = 1000", bottleneck(), 1000 + randn(8, 32, 6, 6))
-    yield Hard(
-        "constant channels",
-        bottleneck(),
-        randn(1, 32, 1, 1).expand(8, 32, 6, 6).contiguous(memory_format=torch.channels_last),
-    )
+    even, x = bottleneck(), randn(8, 32, 6, 6)
+    x[:, 0] = 3.0
+    with torch.no_grad():
+        find(even, "conv1").weight[:4, 1:] = 0.0  # four channels of y that are constant, and not 0
+    yield Hard("constant channels", even, x)
     yield Hard("gamma = 0", bottleneck(bn1_weight=0.0, bn3_weight=0.0), randn(8, 32, 6, 6))
     yield Hard("beta = 100 before padding", basic(bn1_bias=100.0), randn(4, 32, 6, 6))
     yield Hard("subnormals", bottleneck(), 1e-40 * randn(8, 32, 6, 6))
