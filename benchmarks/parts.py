@@ -379,7 +379,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 
 def _steps(settings: Settings, mode: str, batch: int, progress: Progress) -> list[Record]:
     """ResNet-50, or a small one, fused step by step, all in turns."""
-    source = "resnet18" if settings.tiny else "resnet50"
+    source = "cifar_resnet20" if settings.tiny else "resnet50"
     dtype = settings.dtypes[0]
     setting = timing.Setting(mode, batch, _size(settings), dtype, settings.device)
     model, x = _model(source), _photographs(settings, batch)
