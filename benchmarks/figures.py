@@ -155,7 +155,7 @@ def layers(result: Record, file: Path) -> bool:
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     batch = timed[0]["batch"]
-    rates = {r["ceiling"]: r["rate"] for r in result["records"] if "ceiling" in r}
+    rates = result["ceilings"]
     bound = f"a copy of {rates['copy'] / 1e9:,.0f} GB/s and a product of {rates['product'] / 1e12:,.2f} TFLOP/s"
     title = f"ResNet-50's layers, batch {batch}, {dtype}, {machine(result)}: least time, by {bound}, in % of measured"
     _finish(figure, title, list(seen.values()), result, file)

@@ -89,16 +89,16 @@ def _copy(settings: Settings) -> list[Record]:
     source = torch.rand(nbytes // 4, device=settings.device)
     target = torch.empty_like(source)
     rounds = Timer(settings.device)([lambda: target.copy_(source)], 0.5)
-    return [{"ceiling": "copy", "bytes": 2 * nbytes, "rate": 2 * nbytes / rounds.p50, **_times(rounds)}]
+    return [{"ceiling": "copy", "bytes": 2 * nbytes, "rate": 2 * nbytes / rounds.p20, **_times(rounds)}]
 
 
 def _product(settings: Settings) -> list[Record]:
     cuda = settings.device.type == "cuda"
-    n, dtype = (8192, torch.bfloat16) if cuda else (256 if settings.tiny else 2048, torch.float32)
+    n, dtype = (8192, torch.bfloat16) if cuda else (256 if settings.tiny else 1024, torch.float32)
     a, b = (torch.randn(n, n, device=settings.device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    rounds = Timer(settings.device)([lambda: torch.mm(a, b, out=out)], 0.5)
-    rate = 2 * n**3 / rounds.p50
+    rounds = Timer(settings.device)([lambda: torch.mm(a, b, out=out)], 1.0)
+    rate = 2 * n**3 / rounds.p20
     return [{"ceiling": "product", "size": n, "dtype": name_of(dtype), "rate": rate, **_times(rounds)}]
 
 

@@ -151,14 +151,14 @@ _COLUMNS = (
 def collect(lines: Sequence[Record]) -> Record:
     """The result of the newest run of each part: {provenance, "records", "failed", "left_out", "passed"}.
 
-    Ops get bytes and FLOP per second, and the share of the ceiling that bounds them, measured in the same run.
+    Ops get bytes and FLOP per second, and the share of the ceiling that bounds them, measured on the same machine.
     """
     heads = {line["run"]: line["head"] for line in lines if "head" in line}
     newest = {line["part"]: line["run"] for line in lines if "item" in line}
     records: list[Record] = []
     failed, left_out = [], []
+    ceilings = _ceilings(lines)
     for part, run in newest.items():
-        ceilings = _ceilings(of_run(lines, run, "ceilings").values())
         for key, line in of_run(lines, run, part).items():
             if line["state"] == "done":
                 records += [_rates({"part": part, **r}, ceilings) for r in line["records"]]
@@ -172,6 +172,8 @@ def collect(lines: Sequence[Record]) -> Record:
         "schema": 1,
         "suite": 1,
         **last,
+        "runs": {part: {k: heads[run].get(k) for k in ("command", "commit", "date")} for part, run in newest.items()},
+        "ceilings": ceilings,
         "clocks": [line["clocks"] for line in lines if line.get("clocks")],
         "passed": all(c["ok"] for c in checks),
         "checked": sorted({c["equality"] for c in checks}),
@@ -182,7 +184,13 @@ def collect(lines: Sequence[Record]) -> Record:
 
 
 def _ceilings(lines: Iterable[Record]) -> dict[str, float]:
-    return {r["ceiling"]: r["rate"] for line in lines if line["state"] == "done" for r in line["records"]}
+    """The highest that any run in this folder reached: a ceiling measured while the machine was busy is none."""
+    found: dict[str, float] = {}
+    for line in lines:
+        if line.get("part") == "ceilings" and line.get("state") == "done":
+            for r in line["records"]:
+                found[r["ceiling"]] = max(r["rate"], found.get(r["ceiling"], 0.0))
+    return found
 
 
 def _rates(record: Record, ceilings: dict[str, float]) -> Record:
@@ -223,10 +231,9 @@ def stamp(result: Record) -> str:
 def summary(result: Record) -> str:
     """A few lines for the end of a run: ceilings, ratios, what is missing."""
     lines = [stamp(result)]
-    for r in result["records"]:
-        if "ceiling" in r:
-            unit, scale = ("GB/s", 1e9) if r["ceiling"] == "copy" else ("TFLOP/s", 1e12)
-            lines.append(f"  {r['ceiling']:10} {r['rate'] / scale:10.1f} {unit}")
+    for name, rate in result["ceilings"].items():
+        unit, scale = ("GB/s", 1e9) if name == "copy" else ("TFLOP/s", 1e12)
+        lines.append(f"  {name:10} {rate / scale:10.2f} {unit}")
     for r in result["records"]:
         if r.get("images_per_second"):
             ratio = f"{r['ratio']:.2f}" if r["ratio"] else "-"
