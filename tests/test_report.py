@@ -16,7 +16,8 @@ HEAD = {
     "date": "2026-01-02T03:04:05", "commit": "abc", "cpu": "A CPU", "cores": 16, "threads": 16, "isa": "avx512",
     "gpus": [{"name": "A GPU", "capability": "9.0", "multiprocessors": 132, "memory": 1 << 37}],
     "versions": {"torch": "2.11", "triton": "3.6", "resnet_fast": "0.1.0", "driver": "580", "cuda": "13.0"},
-    "clocks": [], "ceilings": {"copy": 4.0e12, "product": 750e12}, "passed": True, "checked": ["inference", "training"], "failed": [], "left_out": [],
+    "clocks": [], "ceilings": {"copy": 4.0e12, "product": 750e12},
+    "passed": True, "checked": ["inference", "training"], "failed": [], "left_out": [],
 }  # fmt: skip
 
 
