@@ -22,12 +22,14 @@ CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc
 .PHONY: help demo test bench lint format test-gpu bench-gpu clean FORCE
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  ARGS       for the command behind demo, test and bench: make test ARGS='-k conv -n 2'"
 	@echo "  PYTHON     python3; the one that VENV is made from, and that test-gpu and bench-gpu run"
 	@echo "  VENV       .venv"
 	@echo "  OUTPUT     .benchmarks; the folder for the reports of test-gpu and bench-gpu"
+	@echo "  PART       of bench-gpu: ops, training, inference or memory; all without it"
+	@echo "  COMMIT     for bench-gpu's results, where the tree is no git checkout"
 
 demo: $(STAMPS)/demo  ## set up, then time fused networks against eager and compiled ones on this machine
 	@echo "==> resnet-fast bench $(ARGS)"
@@ -58,21 +60,31 @@ format: $(STAMPS)/lint  ## let ruff and clang-format put the code in order
 
 # On a machine with a GPU: the Python and torch that are there, and no network.
 
-test-gpu: gpu-build  ## build for the Python in use, then run the tests that need a GPU
-	@echo "==> pytest -m gpu $(ARGS)"
-	@$(PYTHON) -m pytest -m gpu --junitxml=$(OUTPUT)/test-gpu.xml $(ARGS)
+test-gpu: gpu-build  ## build for the Python in use, then run the tests that need a GPU, and compute-sanitizer
+	@echo "==> tests that need a GPU, then compute-sanitizer: $(OUTPUT)/test-gpu.log"
+	@$(PYTHON) -m benchmarks.check_gpu --output $(OUTPUT) --seconds $(call left,460) $(if $(ARGS),-- $(ARGS))
 
-bench-gpu: gpu-build  ## build for the Python in use, then run the benchmarks that need a GPU
-	@echo "==> pytest --benchmark -m gpu $(ARGS)"
-	@$(PYTHON) -m pytest --benchmark -m gpu --benchmark-json=$(OUTPUT)/bench-gpu.json $(ARGS)
+bench-gpu: gpu-build  ## build for the Python in use, then measure on the GPU; PART=ops, training, inference or memory alone
+	@$(PYTHON) -m benchmarks.suite --device cuda --output $(OUTPUT) --seconds $(call left,520) \
+		$(if $(PART),--part $(PART)) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
-.PHONY: gpu-build
+bench-check:  ## time a little with the Python in use, and compare with benchmarks/results; never fails
+	@$(PYTHON) -m benchmarks.compare $(ARGS) || [ $$? = 2 ]
+
+# Seconds of the target's whole time (the argument) that are left after the build.
+left = $$(($(1) - ($$(date +%s) - $(START))))
+START := $(shell date +%s)
+
+.PHONY: gpu-build bench-check
 gpu-build:
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
 	@echo "==> Building the kernels for $$($(PYTHON) -c 'import sys; print(sys.executable)')"
-	@RESNET_FAST_CUDA=$${RESNET_FAST_CUDA-1} $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$$($(PYTHON) -c $(CAPABILITY))}"; \
+		RESNET_FAST_CUDA=$${RESNET_FAST_CUDA-1} $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	@mkdir -p $(OUTPUT)
 	@$(PYTHON) -m resnet_fast info | tee $(OUTPUT)/info.txt
+
+CAPABILITY := 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'
 
 clean:  ## remove what was built and cached; the virtual environment stays
 	rm -rf build dist *.egg-info resnet_fast/_C*.so .mypy_cache .pytest_cache .ruff_cache

@@ -1,13 +1,14 @@
-"""Rounds for pytest-benchmark: on a GPU a round is N launches between two CUDA events, with one synchronisation.
+"""Time on a device: rounds for pytest-benchmark, and ``Timer`` for single calls with cold caches.
 
-The CUDA part is not yet run on a GPU.
+For pytest-benchmark a round on a GPU is N launches between two CUDA events, with one synchronisation. The CUDA parts
+are not yet run on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,3 +84,52 @@ def run_rounds(
             times = [t / launches for t in benchmark.stats.stats.data]
     p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
     return Rounds(p20, p50, p80, rounds, launches)
+
+
+class Timer:
+    """Times single calls on a device, with its cache cleared before each: by CUDA events there, by a clock on a CPU."""
+
+    #: Clock cycles that a GPU spins before each timed call (about 0.15 ms), in which the CPU enqueues what the call
+    #: launches: else a short kernel's time would be that of its launch.
+    SPIN = 300_000
+
+    def __init__(self, device: torch.device, cache: int | None = None) -> None:
+        """``cache``: bytes written between calls; None: twice a GPU's L2, and 64 MiB on a CPU."""
+        self.device = device
+        if cache is None:
+            cache = 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 64 << 20
+        self._cache = torch.empty(max(cache, 4) // 4, dtype=torch.int32, device=device)
+
+    def _time(self, calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+        """Seconds of each of ``rounds`` calls, of ``calls`` in turn."""
+        if self.device.type != "cuda":
+            times = []
+            for i in range(rounds):
+                self._cache.zero_()
+                begin = time.perf_counter()
+                calls[i % len(calls)]()
+                times.append(time.perf_counter() - begin)
+            return times
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+        for i, (begin_event, end_event) in enumerate(events):
+            self._cache.zero_()
+            torch.cuda._sleep(self.SPIN)
+            begin_event.record()
+            calls[i % len(calls)]()
+            end_event.record()
+        torch.cuda.synchronize(self.device)
+        return [a.elapsed_time(b) / 1e3 for a, b in events]
+
+    def __call__(
+        self, calls: Sequence[Callable[[], Any]], seconds: float, *, fewest: int = 7, most: int = 100
+    ) -> Rounds:
+        """Warm up each of ``calls`` (the same on inputs of their own), then time as many as fit in ``seconds``."""
+        for call in calls:
+            call()
+        begin = time.perf_counter()
+        self._time(calls, 2)
+        whole = (time.perf_counter() - begin) / 2  # with what lies between the calls
+        rounds = max(fewest, min(most, int(seconds / max(whole, 1e-7))))
+        times = self._time(calls, rounds)
+        p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
+        return Rounds(p20, p50, p80, rounds, 1)

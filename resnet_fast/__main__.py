@@ -1,6 +1,6 @@
 """The command line: ``resnet-fast``, or ``python -m resnet_fast``.
 
-Exit status: 0 done; 1 the numbers are wrong (``bench``: the fused model does not equal torch's); 2 the command line, or
+Exit status: 0 done; 1 the numbers are wrong (``bench``, ``verify``: not torch's); 2 the command line, or
 what it names, is wrong; 130 interrupted.
 """
 
@@ -26,6 +26,7 @@ examples:
   resnet-fast bench --model timm:resnet34 --batch 1,8 --dtype bfloat16
   resnet-fast models                               which models are fused, and what of them is left
   resnet-fast bench --model mypkg.nets:make --images photos/ --mode training
+  resnet-fast verify                               errors of every layer beside torch's own, hard inputs, loss curves
 """
 
 

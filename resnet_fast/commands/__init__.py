@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "bench": "check that a fused model equals torch's, then time it against eager and compiled torch",
     "models": "which models of which library are fused, what of them is left, and why",
     "info": "versions, hardware, and which backend can run which operation here, or why not",
+    "verify": "errors of the fused network, its blocks and layers beside torch's own, against float64",
 }
 
 

@@ -6,7 +6,6 @@ import argparse
 import copy
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 import resnet_fast
 from resnet_fast.fuse import Explanation
 
-from . import CommandError, did_you_mean, equality, images, machine, plots, sources, tables, timing
+from . import CommandError, arguments, equality, machine, plots, sources, tables, timing
 from .progress import Progress
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "run"]
@@ -36,9 +35,7 @@ networks:  a name of resnet_fast.models; torchvision:NAME; timm:NAME; transforme
            transformers:FOLDER (a saved model); smp:NAME[/ENCODER]; module:callable, which returns a torch.nn.Module
 exit:      0 equal; 1 not equal; 2 wrong usage; 130 interrupted"""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHECKED = 2  # images in the equality test: float64 is slow
-_CALIBRATION = (4, 8)  # batches, images a batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,71 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--verbose", action="store_true", help="every row of what is fused")
 
 
-def _choice(option: str, value: str, known: Any) -> str:
-    if value not in known:
-        raise CommandError(f"{option} {value}: supported are {', '.join(known)}.{did_you_mean(value, known)}")
-    return value
-
-
-def _words(option: str, text: str, known: Any) -> list[str]:
-    words = list(dict.fromkeys(w.strip() for w in text.split(",") if w.strip()))
-    if not words:
-        raise CommandError(f"{option}: empty, supported are {', '.join(known)}")
-    return [_choice(option, w, known) for w in words]
-
-
-def _batches(text: str) -> list[int]:
-    try:
-        found = [int(word) for word in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise CommandError(f"--batch {text}: supported are positive numbers, separated by commas")
-    return list(dict.fromkeys(found))
-
-
-def _device(name: str) -> torch.device:
-    _choice("--device", name, ("auto", "cpu", "cuda"))
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        built = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
-        raise CommandError(f"--device cuda: {built}. Remedy: --device cpu, or see `resnet-fast info`")
-    return torch.device(name)
-
-
-def _default_dtypes(device: torch.device) -> str:
-    if device.type == "cpu":
-        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    else:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "float32,bfloat16" if native else "float32"
-
-
-def _file(option: str, name: str | None) -> Path | None:
-    """Where to write: its folder must be there before the work starts."""
-    if name is None:
-        return None
-    path = Path(name)
-    if not path.absolute().parent.is_dir():
-        raise CommandError(f"{option} {name}: no such folder {path.parent}")
-    if path.is_dir():
-        raise CommandError(f"{option} {name}: is a folder")
-    return path
-
-
 class _Options:
     """The command line, checked; raises CommandError."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.mode = _choice("--mode", args.mode, ("inference", "training"))
-        self.device = _device(args.device)
+        self.mode = arguments.choice("--mode", args.mode, ("inference", "training"))
+        self.device = arguments.device(args.device)
         small, large = (1, 16) if self.device.type == "cpu" else (1, 128)
         default = f"{small},{large}" if self.mode == "inference" else str(large)
-        self.batches = _batches(args.batch if args.batch is not None else default)
-        dtypes = args.dtype if args.dtype is not None else _default_dtypes(self.device)
-        self.dtypes = [_DTYPES[word] for word in _words("--dtype", dtypes, _DTYPES)]
-        named = _words("--against", args.against, timing.AGAINST)
+        self.batches = arguments.batches(args.batch if args.batch is not None else default)
+        dtypes = args.dtype if args.dtype is not None else arguments.default_dtypes(self.device)
+        self.dtypes = [arguments.DTYPES[word] for word in arguments.words("--dtype", dtypes, arguments.DTYPES)]
+        named = arguments.words("--against", args.against, timing.AGAINST)
         self.against = [name for name in timing.AGAINST if name in named]
         self.baseline = "channels_last" if "channels_last" in named else self.against[0]
         for option in ("size", "threads", "rounds", "seconds"):
@@ -138,33 +82,7 @@ class _Options:
                 raise CommandError(f"--{option} {value}: supported are positive numbers")
         self.size = args.size or (32 if args.model.startswith("cifar") else 224)
         self.rounds, self.seconds, self.seed = args.rounds, args.seconds, args.seed
-        self.json, self.plot = _file("--json", args.json), _file("--plot", args.plot)
-        if self.plot is not None:
-            plt = plots.require()
-            known = plt.Figure().canvas.get_supported_filetypes()
-            suffix = self.plot.suffix.removeprefix(".").lower()
-            if suffix not in known:
-                raise CommandError(f"--plot {args.plot}: its ending must be one of {', '.join(sorted(known))}")
-
-
-def _prepare(args: argparse.Namespace, options: _Options, progress: Progress) -> tuple[sources.Source, Tensor, Any]:
-    """The network, calibrated if its weights are random; photographs (largest batch, 3, size, size); their source."""
-    with progress("reading photographs"):
-        pictures = images.load(args.images, progress.warn)
-        x = images.crops(pictures, max(*options.batches, _CHECKED), options.size, options.seed)
-    with progress(f"building {args.model}"):
-        source = sources.build(args.model, options.seed)
-    if not source.own_weights:
-        count, size = _CALIBRATION
-        with progress(f"calibrating batch norms on {count * size} crops"):
-            many = images.crops(pictures, count * size, options.size, options.seed + 1)
-            try:
-                device = options.device
-                sources.calibrate(source.model.to(device), list(many.to(device).split(size)), options.seed)
-            except (RuntimeError, ValueError) as error:
-                line = str(error).splitlines()[0]
-                raise CommandError(f"{args.model} does not run at --size {options.size}: {line}") from error
-    return source, x, pictures
+        self.json, self.plot = arguments.file("--json", args.json), arguments.plot_file("--plot", args.plot)
 
 
 def _explain(source: sources.Source, x: Tensor, options: _Options) -> Explanation:
@@ -244,7 +162,10 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     progress = Progress()
-    source, x, pictures = _prepare(args, options, progress)
+    count = max(*options.batches, _CHECKED)
+    source, x, pictures = arguments.network(
+        args.model, args.images, count, options.size, options.device, options.seed, progress
+    )
     record = machine.provenance(args.argv)
     count = sum(p.numel() for p in source.model.parameters())
     weights = "its own weights" if source.own_weights else "random weights, calibrated"
@@ -281,5 +202,5 @@ def run(args: argparse.Namespace) -> int:
     if options.plot is not None:
         where = record["gpus"][0]["name"] if options.device.type == "cuda" else record["cpu"]
         title = f"{source.name}, {options.mode}, {where}"
-        plots.bars(title, result["speed"], options.plot)
+        plots.bars(title, result["speed"], options.plot, plots.stamp(record))
     return 0

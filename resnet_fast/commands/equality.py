@@ -17,7 +17,22 @@ from torch import Tensor, nn
 
 import resnet_fast
 
-__all__ = ["LOSS_SCALE", "Check", "autocast", "eval_checks", "in_layout", "loss", "tensors", "train_checks"]
+__all__ = [
+    "LOSS_SCALE",
+    "Check",
+    "Curves",
+    "Unit",
+    "autocast",
+    "curve_check",
+    "determinism_checks",
+    "eval_checks",
+    "in_layout",
+    "loss",
+    "loss_curves",
+    "tensors",
+    "train_checks",
+    "unit_checks",
+]
 
 #: What the loss is multiplied by in training, so that float16's small gradients do not vanish.
 LOSS_SCALE = {torch.float16: 1024.0}
@@ -172,11 +187,10 @@ def eval_checks(
     x = x.to(device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         ours = fuse(copy.deepcopy(same))
-        # Twice: the second call runs on folded weights that were kept.
-        mine = _named(ours(x)) | _named(ours(x), " again")
-        theirs = _named(same(x)) | _named(same(x), " again")
+        mine = _named(ours(x)) | _named(ours(x), _AGAIN)
+        theirs = _named(same(x)) | _named(same(x), _AGAIN)
         once = copy.deepcopy(same).double()(x.double())
-        reference = _named(once) | _named(once, " again")
+        reference = _named(once) | _named(once, _AGAIN)
     return [_judge("eval", dtype, "outputs", mine, [theirs], reference)]
 
 
@@ -213,6 +227,8 @@ def _step(model: nn.Module, x: Tensor, device: torch.device, dtype: torch.dtype)
     return _Step(_named(output), {"loss": value.detach()}, gradients, running)
 
 
+#: What is behind an output's name of the second call, which runs on folded weights that were kept.
+_AGAIN = " again"
 _TURNED = 3  # float64 runs on photographs that are a rounding's worth off
 
 
@@ -261,3 +277,273 @@ def train_checks(
             _judge("train", dtype, "running statistics", mine.running, [w.running for w in ways], reference.running)
         )
     return found
+
+
+# ---- one layer, or one block, alone
+
+
+class Unit(NamedTuple):
+    """A layer or block to be checked alone. ``ours`` and ``plain`` make its forward of a copy of ``module``.
+
+    ``decided(module, x)``, of float64, moves the betas of ``module`` so that no ReLU's input lies near 0: where
+    rounding decides on which side a value lies, gradients jump by a finite amount, in torch as in ours, and no error
+    of single values can be compared. None: its gradients are judged by their norm alone. ``fold(module)`` folds batch
+    norm into convolutions as torch itself does for inference.
+    """
+
+    name: str
+    kind: str
+    module: nn.Module
+    ours: Callable[[nn.Module], Callable[[Tensor], Any]]
+    plain: Callable[[nn.Module], Callable[[Tensor], Any]]
+    decided: Callable[[nn.Module, Tensor], None] | None
+    fold: Callable[[nn.Module], None]
+
+
+def _unit_step(
+    make: Callable[[nn.Module], Callable[[Tensor], Any]],
+    module: nn.Module,
+    x: Tensor,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.channels_last,
+) -> _Step:
+    """One forward and backward in training mode; the upstream gradient is the same numbers, rounded to ``dtype``."""
+    module = in_layout(copy.deepcopy(module), layout).train()
+    forward = make(module)
+    x = x.detach().clone(memory_format=torch.preserve_format).contiguous(memory_format=layout).requires_grad_()
+    with autocast(x.device, torch.float64 if x.dtype == torch.float64 else dtype):
+        output = forward(x)
+    total: Tensor | None = None
+    for i, z in enumerate(tensors(output)):
+        random = torch.Generator().manual_seed(i)
+        dz = torch.randn(z.shape, generator=random, dtype=torch.float64).to(dtype).to(z.device, z.dtype)
+        part = (z * dz).sum()
+        total = part if total is None else total + part
+    assert total is not None
+    total.backward()
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    if x.grad is not None:
+        gradients["x"] = x.grad
+    running = {n: b for n, b in module.named_buffers() if b.is_floating_point()}
+    return _Step(_named(output), {}, gradients, running)
+
+
+def _judge_norms(
+    dtype: torch.dtype,
+    what: str,
+    ours: Mapping[str, Tensor],
+    same: Sequence[Mapping[str, Tensor]],
+    reference: Mapping[str, Tensor],
+) -> Check:
+    """The rule for root mean squares: rms(ours - ref64) / rms(ref64) <= 2 rms(torch - ref64) / rms(ref64) + 4 eps.
+
+    A tensor that all but vanishes beside the others is measured by a thousandth of the largest.
+    """
+
+    def rms(t: Tensor) -> float:
+        return float(t.detach().double().square().mean().sqrt()) if t.numel() else 0.0
+
+    if not all(t.keys() == reference.keys() for t in (ours, *same)):
+        return _judge("train", dtype, what, ours, same, reference)
+    least = 1e-3 * max(rms(t) for t in reference.values())
+    found: list[tuple[float, Check]] = []
+    for name, ref in reference.items():
+        size = max(rms(ref), least) or 1.0
+        mine, *theirs = (rms(t[name].double() - ref) / size for t in (ours, *same))
+        bound = 2 * max(theirs) + 4 * torch.finfo(dtype).eps
+        check = Check("train", _name(dtype), what, name, len(reference), mine, max(theirs), bound, 1.0, mine <= bound)
+        found.append((mine / bound, check))
+    return max(found, key=lambda pair: (not pair[1].ok, pair[0]))[1]
+
+
+def unit_checks(unit: Unit, x: Tensor, dtype: torch.dtype, train: bool = True, each: bool | None = None) -> list[Check]:
+    """Outputs in eval mode; then, with ``train``, outputs, gradients and running statistics of a forward and backward.
+
+    ``x`` (N, C, H, W) float32 on the device of ``unit.module``, whose parameters are float32. ``each``: gradients are
+    judged value by value; None: in float32, with betas decided.
+    """
+    last = torch.channels_last
+    found = []
+    low = x.to(dtype).contiguous(memory_format=last)
+    with torch.inference_mode():
+        module = copy.deepcopy(unit.module).to(dtype).eval()
+        ours = unit.ours(in_layout(copy.deepcopy(module), last))
+        mine = _named(ours(low)) | _named(ours(low), _AGAIN)
+        theirs = _named(unit.plain(in_layout(copy.deepcopy(module), last))(low))
+        nchw = _named(unit.plain(copy.deepcopy(module))(low.contiguous()))
+        reference = _named(unit.plain(copy.deepcopy(module).double())(low.double()))
+        folded = in_layout(copy.deepcopy(module), last)
+        unit.fold(folded)
+        ways = [theirs, nchw, _named(unit.plain(folded)(low))]
+    twice = [{n + end: t for end in ("", _AGAIN) for n, t in one.items()} for one in (*ways, reference)]
+    found.append(_judge("eval", dtype, "outputs", mine, twice[:-1], twice[-1]))
+    if train:
+        module = copy.deepcopy(unit.module)
+        exact = each if each is not None else dtype == torch.float32 and unit.decided is not None
+        if exact and unit.decided is not None:
+            wide = copy.deepcopy(module).double()
+            unit.decided(wide, x.double())
+            module.load_state_dict(wide.state_dict())
+        step = _unit_step(unit.ours, module, x, dtype)
+        same = [_unit_step(unit.plain, module, x, dtype, layout) for layout in (last, torch.contiguous_format)]
+        ref = _unit_step(unit.plain, copy.deepcopy(module).double(), x.double(), dtype)
+        found.append(_judge("train", dtype, "outputs", step.outputs, [s.outputs for s in same], ref.outputs))
+        gradients = step.gradients, [s.gradients for s in same], ref.gradients
+        if ref.gradients and exact:
+            found.append(_judge("train", dtype, "gradients", *gradients))
+        elif ref.gradients:
+            found.append(_judge_norms(dtype, "gradients, rms", *gradients))
+        if ref.running:
+            running = step.running, [s.running for s in same], ref.running
+            found.append(_judge("train", dtype, "running statistics", *running))
+    return [c._replace(tensor=f"{unit.name}: {c.tensor}") for c in found]
+
+
+# ---- the same bits twice
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Of cuDNN only algorithms that add in a fixed order: what it is asked here is our order of additions."""
+    kept = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = kept
+
+
+def _different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that differ in some bit, a NaN's place included."""
+    return [
+        n
+        for n, t in one.items()
+        if not (torch.equal(t.isnan(), other[n].isnan()) and torch.equal(t.nan_to_num(), other[n].nan_to_num()))
+    ]
+
+
+def determinism_checks(
+    model: nn.Module, x: Tensor, device: torch.device, dtype: torch.dtype, fuse: Fuse = resnet_fast.fuse
+) -> list[Check]:
+    """Two forwards in eval mode and two training steps from the same state: how many tensors differ in some bit."""
+    found = []
+    with _deterministic():
+        frozen = _prepared(model, device, dtype).eval()
+        low = x.to(device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            outputs = [_named(fuse(copy.deepcopy(frozen))(low)) for _ in range(2)]
+        same = _prepared(model, device, torch.float32)
+        x = x.to(device=device, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+        steps = [_step(fuse(copy.deepcopy(same)), x, device, dtype) for _ in range(2)]
+    every = [{f"{kind} {n}": t for kind, part in s._asdict().items() for n, t in part.items()} for s in steps]
+    for mode, (one, other) in (("eval", outputs), ("train", every)):
+        names = _different(one, other)
+        what = "two runs, tensors that differ"
+        first = names[0] if names else "none"
+        found.append(
+            Check(mode, _name(dtype), what, first, len(one), float(len(names)), 0.0, 0.0, float(len(one)), not names)
+        )
+    return found
+
+
+# ---- a few steps of training
+
+
+class Curves(NamedTuple):
+    """Losses step by step; ``nearby``: float64 runs from weights a rounding's worth off."""
+
+    dtype: str
+    ours: list[float]
+    torch: list[float]
+    torch_nchw: list[float]
+    float64: list[float]
+    nearby: list[list[float]]
+
+
+def _losses(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    steps: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> list[float]:
+    """SGD with momentum over ``batches`` in turn; the loss before each step."""
+    scale = LOSS_SCALE.get(dtype, 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    held = next(model.parameters()).dtype
+    found = []
+    with _training(model):
+        for i in range(steps):
+            x = batches[i % len(batches)].to(device=device, dtype=held).contiguous(memory_format=layout)
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(device, dtype):
+                output = model(x)
+            value = loss(output)
+            (value * scale).backward()
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad /= scale
+            optimizer.step()
+            found.append(float(value.detach()))
+    return found
+
+
+def loss_curves(
+    model: nn.Module,
+    x: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: int,
+    tell: Callable[[str], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
+    fuse: Fuse = resnet_fast.fuse,
+) -> Curves:
+    """Ours, torch in two layouts, float64, and float64 from weights changed by one rounding; ``x`` (N, 3, H, W)."""
+    last, first = torch.channels_last, torch.contiguous_format
+    batches = list(x.chunk(2))
+    base = _prepared(model, device, torch.float32)
+    wide = copy.deepcopy(base).double()
+    name = _name(dtype)
+
+    def run(who: str, m: nn.Module, kind: torch.dtype, layout: torch.memory_format) -> list[float]:
+        with tell(f"loss of {steps} steps in {name}: {who}"):
+            return _losses(m, batches, steps, device, kind, layout)
+
+    nearby = []
+    for seed in range(2):
+        random = torch.Generator().manual_seed(seed)
+        turned = copy.deepcopy(wide)
+        with torch.no_grad():
+            for p in turned.parameters():
+                noise = 2 * torch.rand(p.shape, generator=random, dtype=torch.float64) - 1
+                p.mul_(1 + torch.finfo(dtype).eps * noise.to(p.device))
+        nearby.append(run("float64, weights rounded otherwise", turned, torch.float64, last))
+    return Curves(
+        name,
+        run("ours", fuse(copy.deepcopy(base)), dtype, last),
+        run("torch", copy.deepcopy(base), dtype, last),
+        run("torch, NCHW", in_layout(copy.deepcopy(base), first), dtype, first),
+        run("float64", copy.deepcopy(wide), torch.float64, last),
+        nearby,
+    )
+
+
+def curve_check(curves: Curves) -> Check:
+    """The rule over the whole curve: the farthest that each strays from float64's. NaN fails.
+
+    Torch's own error is the largest of its two layouts' and of the float64 runs from nearby weights: training amplifies
+    whatever a rounding changed first, and one run is a single draw of that.
+    """
+
+    def stray(losses: Sequence[float]) -> float:
+        apart = [abs(a - b) for a, b in zip(losses, curves.float64, strict=True)]
+        return float("inf") if any(a != a for a in apart) else max(apart)
+
+    eps = torch.finfo(getattr(torch, curves.dtype)).eps
+    mine = stray(curves.ours)
+    own = max(stray(c) for c in (curves.torch, curves.torch_nchw, *curves.nearby))
+    largest = max(abs(v) for v in curves.float64)
+    bound = 2 * own + 4 * eps * largest
+    ok = mine <= bound and mine < float("inf")
+    steps = len(curves.ours)
+    return Check("train", curves.dtype, "loss curve", f"{steps} steps", 1, mine, own, bound, largest, ok)

@@ -9,7 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "bar"]
+
+
+def bar(done: int, of: int, width: int = 16) -> str:
+    """How far along: ``[####............] 4/16``."""
+    filled = width * done // max(of, 1)
+    return f"[{'#' * filled}{'.' * (width - filled)}] {done}/{of}"
 
 
 class Progress:

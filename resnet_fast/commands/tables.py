@@ -11,7 +11,7 @@ from resnet_fast.fuse import Explanation
 from .equality import Check
 from .timing import Result
 
-__all__ = ["equality", "explanation", "header", "speed", "table"]
+__all__ = ["equality", "explanation", "header", "section", "speed", "table"]
 
 
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = (), indent: str = "  ") -> str:
@@ -78,6 +78,30 @@ def equality(checks: Sequence[Check]) -> str:
     if any(c.what.startswith("gradients,") for c in checks):
         title += "\n  (gradients: each relative to its own max|float64|; the worst and the median of the parameters)"
     return f"{title}\n{table(lines, right=(3, 4, 5, 6))}"
+
+
+def section(name: str, checks: Sequence[Check], notes: Sequence[str], verbose: bool) -> str:
+    """A section of ``verify``: by dtype, mode and kind of number the check nearest to its bound, and what is wrong."""
+    groups: dict[tuple[str, str, str], list[Check]] = {}
+    for c in checks:
+        groups.setdefault((c.dtype, c.mode, c.what), []).append(c)
+    lines = [
+        ["dtype", "mode", "what", "checks", "error", "torch's own", "bound", "of bound", "", "nearest to its bound"]
+    ]
+
+    def row(group: Sequence[Check], c: Check) -> list[str]:
+        numbers = [f"{value:.2e}" for value in (c.ours, c.torch, c.bound)]
+        share = f"{c.ours / c.bound:.0%}" if c.bound and c.ours < float("inf") else ""
+        return [c.dtype, c.mode, c.what, str(len(group)), *numbers, share, "ok" if c.ok else "WRONG", c.tensor]
+
+    for group in groups.values():
+        worst = max(group, key=lambda c: (not c.ok, c.ours / c.bound if c.bound else c.ours))
+        others = group if verbose else [c for c in group if not c.ok and c is not worst][:4]
+        lines.append(row(group, worst))
+        lines += [row([c], c) for c in others if c is not worst]
+    failed = sum(not c.ok for c in checks)
+    title = f"{name}: {len(checks) - failed} of {len(checks)} checks passed"
+    return "\n".join([title, table(lines, right=(3, 4, 5, 6, 7)), *(f"  not checked: {note}" for note in notes)])
 
 
 def _bytes(count: int | None) -> str:

@@ -26,9 +26,11 @@ from .progress import Progress
 
 __all__ = [
     "AGAINST",
+    "GRAPH",
     "Contender",
     "Result",
     "Setting",
+    "contender",
     "contenders",
     "empty_cache",
     "measure",
@@ -39,6 +41,8 @@ __all__ = [
 
 #: What ours can be timed against, in the order of the table.
 AGAINST = ("eager", "channels_last", "compile")
+#: What follows a contender's name where its call is a CUDA graph.
+GRAPH = "+graph"
 
 #: A turn lasts at least this long (s): short calls are repeated, so that a clock's and a cold cache's part is small.
 _TURN = 0.1
@@ -125,25 +129,58 @@ def contenders(model: nn.Module, x: Tensor, setting: Setting, against: Sequence[
     latter, with freezing in CPU inference. In inference weights and images are in the dtype; training in a low dtype
     is autocast over float32 parameters.
     """
+    return [contender(name, model, x, setting) for name in (*against, "resnet_fast")]
+
+
+def contender(
+    name: str, model: nn.Module, x: Tensor, setting: Setting, fuse: Callable[[nn.Module], nn.Module] = resnet_fast.fuse
+) -> Contender:
+    """One of ``contenders`` by its name, on a copy of ``model``; "resnet_fast" is what ``fuse`` makes of it.
+
+    "compile_max" besides: torch.compile(mode="max-autotune-no-cudagraphs"). Behind any name "+graph": the whole call
+    replayed as a CUDA graph, recorded at the first call.
+    """
+    kind = name.removesuffix(GRAPH)
     training = setting.mode == "training"
     held = torch.float32 if training else setting.dtype
-    base = copy.deepcopy(model).to(device=setting.device, dtype=held).train(training)
-    x = x.to(device=setting.device, dtype=held)
-    found = []
-    for name in (*against, "resnet_fast"):
-        layout = torch.contiguous_format if name == "eager" else torch.channels_last
-        own = in_layout(copy.deepcopy(base), layout)
-        inputs = x.contiguous(memory_format=layout)
-        forward: Callable[[Tensor], Any] = own
-        if name == "compile":
-            forward = torch.compile(own, dynamic=False)
-        elif name == "resnet_fast":
-            forward = resnet_fast.fuse(own)
-        if training:
-            found.append(Contender(name, _step(own, forward, inputs, setting)))
-        else:
-            found.append(Contender(name, _bind(forward, inputs)))
-    return found
+    layout = torch.contiguous_format if kind == "eager" else torch.channels_last
+    own = in_layout(copy.deepcopy(model).to(device=setting.device, dtype=held).train(training), layout)
+    inputs = x.to(device=setting.device, dtype=held).contiguous(memory_format=layout)
+    forward: Callable[[Tensor], Any] = own
+    if kind in _COMPILE:
+        forward = torch.compile(own, dynamic=False, **_COMPILE[kind])
+    elif kind == "resnet_fast":
+        forward = fuse(own)
+    call = _step(own, forward, inputs, setting) if training else _bind(forward, inputs)
+    return Contender(name, _Graph(call) if name.endswith(GRAPH) else call)
+
+
+#: Names of torch.compile's contenders, and its options.
+_COMPILE: dict[str, dict[str, Any]] = {"compile": {}, "compile_max": {"mode": "max-autotune-no-cudagraphs"}}
+
+
+class _Graph:
+    """``call`` as a CUDA graph, recorded at the first call (not yet run on a GPU)."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if not torch.cuda.is_available():
+            raise RuntimeError("a CUDA graph needs a CUDA device")
+        if self._graph is None:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # what is set up at a first call must not be recorded
+                for _ in range(3):
+                    self._call()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._call()
+            self._graph = graph
+        self._graph.replay()
 
 
 def _bind(forward: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
@@ -270,12 +307,14 @@ def measure(
     rounds: int | None,
     seconds: float,
     baseline: str,
+    needed: Sequence[str] | None = None,
 ) -> list[Result]:
     """Warm up, then time all contenders in turns: one turn each per round, the first one another every round.
 
     ``rounds`` None: as many as fit in ``seconds``, 5 to 100. A contender that cannot run (no compiler, say) is reported
-    as failed; ours and the baseline may not fail.
+    as failed; those ``needed`` (None: ours and the baseline) may not fail. Without the baseline there is no ratio.
     """
+    needed = (baseline, "resnet_fast") if needed is None else needed
     words = f"{setting.mode} {setting.dtype_name} batch {setting.batch}"
     failed: dict[str, str] = {}
     first: dict[str, float] = {}
@@ -285,7 +324,7 @@ def measure(
     once: dict[str, float] = {}
     device = setting.device
     torch._dynamo.reset()
-    with _running(setting, any(c.name == "compile" for c in entries)):
+    with _running(setting, any(c.name.startswith("compile") for c in entries)):
         for c in entries:
             with progress(f"{words}: {'compiling' if c.name == 'compile' else 'warming up'} ({c.name})"):
                 try:
@@ -301,7 +340,7 @@ def measure(
                         once[c.name] = min(_turn(c.call, 1, device) for _ in range(2))
                     calls[c.name] = max(1, round(_TURN / max(once[c.name], 1e-6)))
                 except Exception as error:
-                    if c.name in (baseline, "resnet_fast"):
+                    if c.name in needed:
                         raise
                     failed[c.name] = _why(error)
                     progress.warn(f"{c.name} cannot run: {failed[c.name]}")
@@ -323,7 +362,8 @@ def measure(
             continue
         mine = times[c.name]
         p20, p50, p80 = (quantile(mine, q) for q in (0.2, 0.5, 0.8))
-        ratio = quantile([b / t for b, t in zip(times[baseline], mine, strict=True)], 0.5)
+        base = times.get(baseline)
+        ratio = quantile([b / t for b, t in zip(base, mine, strict=True)], 0.5) if base else None
         found.append(
             Result(
                 c.name,

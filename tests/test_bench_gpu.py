@@ -1,0 +1,319 @@
+"""benchmarks/suite.py, parts.py, check_gpu.py, compare.py and Timer: all that a GPU run does, on the CPU and small."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import check_gpu, compare, parts, reduced, suite
+from benchmarks.parts import Item, Settings
+from benchmarks.rounds import Timer
+from resnet_fast.commands import timing
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+TINY = Settings(CPU, tiny=True)
+
+
+# ---- Timer
+
+
+def test_timer_takes_inputs_in_turn() -> None:
+    order: list[int] = []
+    calls = [lambda i=i: order.append(i) for i in range(3)]
+    rounds = Timer(CPU, cache=1024)(calls, 0.0, fewest=7)
+    assert rounds.rounds == 7 and 0 < rounds.p20 <= rounds.p50 <= rounds.p80
+    assert order == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2, 0]  # each once to warm up, two for an estimate, seven timed
+
+
+def test_timer_measures_the_call_alone() -> None:
+    rounds = Timer(CPU, cache=64 << 20)([lambda: time.sleep(0.002)], 0.0)
+    assert rounds.p20 >= 0.002
+
+
+# ---- what is planned for a GPU, without one
+
+
+@pytest.mark.parametrize("part", parts.PARTS[1:])
+def test_plan_for_a_gpu(part: str) -> None:
+    """Keys are unique; the table is whole; planning itself touches no device."""
+    found = parts.items(part, Settings(torch.device("cuda")))
+    keys = [item.key for item in found]
+    assert len(keys) == len(set(keys)) and all(key.startswith(f"{part}/") for key in keys)
+    if part == "ops":
+        assert {key.split("/")[3] for key in keys} == {case.name for case in parts.resnet50(1)}
+        assert {key.split("/")[1] for key in keys} == {op for op, *_ in parts.OPS_MEASURED}
+        assert {key.split("/")[5] for key in keys} >= {"native", "triton", "cudnn", "eager"}
+    elif part == "memory":
+        assert {"memory/resnet50/largest/resnet_fast", "memory/resnet50/256/channels_last"} <= set(keys)
+    else:
+        assert keys[0] == f"{part}/equality"
+        text = " ".join(keys)
+        words = (
+            "resnet18",
+            "resnet50",
+            "resnet101",
+            "timm:",
+            "torchvision:",
+            "float16",
+            "compile",
+            "max-autotune",
+            "steps",
+        )
+        assert all(word in text for word in words)
+
+
+def test_shares_are_whole() -> None:
+    assert set(parts.SHARES) == set(parts.PARTS) and sum(parts.SHARES.values()) == pytest.approx(1.0)
+
+
+def test_groups_name_contenders() -> None:
+    """Each can be made; graphs say that they need a GPU."""
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)), torch.randn(2, 3, 8, 8)
+    setting = timing.Setting("inference", 2, 8, torch.float32, CPU)
+    for name in {name for group in parts.GROUPS.values() for name in group}:
+        made = timing.contender(name, model, x, setting)
+        assert made.name == name
+        if name.endswith(timing.GRAPH) and not torch.cuda.is_available():
+            with pytest.raises(RuntimeError, match="needs a CUDA device"):
+                made.call()
+
+
+# ---- a part, item by item
+
+
+def _told(items: list[Item], monkeypatch: pytest.MonkeyPatch, skip: tuple[str, ...] = (), seconds: float = 60.0) -> Any:
+    monkeypatch.setattr(parts, "items", lambda part, settings: items)
+    lines: list[dict[str, Any]] = []
+    parts.run("training", TINY, time.time() + seconds, skip, lines.append)
+    return [(line["item"], line["state"]) for line in lines], lines
+
+
+def test_run_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[dict[str, Any]]:
+        raise RuntimeError("a kernel failed\nat length")
+
+    def absent() -> list[dict[str, Any]]:
+        raise NotImplementedError("no such backend")
+
+    items = [Item("a", "k", broken), Item("b", "k", absent), Item("c", "k", lambda: [{"x": 1}]), Item("d", "k", broken)]
+    states, lines = _told(items, monkeypatch, skip=("d",))
+    assert states == [("a", "begin"), ("a", "failed"), ("b", "begin"), ("b", "left out"), ("c", "begin"), ("c", "done")]
+    assert lines[1]["reason"] == "RuntimeError: a kernel failed" and lines[-1]["records"] == [{"x": 1}]
+
+
+def test_run_leaves_out_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+
+    def lasts(seconds: float) -> list[dict[str, Any]]:
+        nonlocal now
+        now += seconds
+        return []
+
+    monkeypatch.setattr(parts, "time", type("Clock", (), {"time": staticmethod(lambda: now)}))
+    monkeypatch.setattr(time, "time", lambda: now)
+    items = [Item(key, kind, lambda: lasts(40)) for key, kind in (("a", "slow"), ("b", "slow"), ("c", "unknown"))]
+    states, _ = _told([*items, Item("d", "slow", lambda: lasts(1))], monkeypatch, seconds=70)
+    assert states == [
+        ("a", "begin"),
+        ("a", "done"),
+        ("b", "left out"),
+        ("c", "begin"),
+        ("c", "done"),
+        ("d", "left out"),
+    ]
+
+
+def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = parts.TINY[3]
+    parts._prepared.cache_clear()
+    (record,) = parts._op(TINY, "affine_act_mask", "residual", "forward", case, torch.float32, "eager")
+    assert record["ms_p50"] > 0 and record["bytes"] > 0
+    right = parts._run_op
+    monkeypatch.setattr(parts, "_run_op", lambda *args: right(*args)[0] * 1.1 if args[0] == "torch" else right(*args))
+    with pytest.raises(ValueError, match="off the definition's"):
+        parts._op(TINY, "affine_act_mask", "residual", "forward", case, torch.float32, "torch")
+    parts._prepared.cache_clear()
+
+
+def test_largest_batch() -> None:
+    limit = 24 << 20
+    (record,) = parts._largest(TINY, "cifar_resnet20", "channels_last", limit, 4)
+    assert record["batch"] >= 4 and record["batch"] % 4 == 0
+    (more,) = parts._peak(TINY, "cifar_resnet20", record["batch"] + 4, "channels_last")
+    assert (
+        more["peak_bytes"]
+        > limit
+        >= parts._peak(TINY, "cifar_resnet20", record["batch"], "channels_last")[0]["peak_bytes"]
+    )
+
+
+# ---- the whole, in processes
+
+
+@pytest.mark.slow
+def test_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The ceilings and a part, and another part in the same process, into the same folder."""
+    common = ["--device", "cpu", "--tiny", "--seconds", "90", "--threads", "1", "--output", str(tmp_path)]
+    assert suite.main([*common, "--part", "ops", "--commit", "abc"]) == 0
+    run = next(line["run"] for line in suite.read(tmp_path / suite.LINES))
+    child = [*common, "--child", "inference", "--run", run, "--deadline", str(time.time() + 300)]
+    assert suite.main(child) == 0
+    print(suite.summary(suite.write(tmp_path)))
+    out = capsys.readouterr().out
+    assert "equality: inference: passed" in out
+    result = json.loads((tmp_path / suite.RESULT).read_text())
+    assert result["passed"] and result["checked"] == ["inference"]
+    assert {r["part"] for r in result["records"]} == {"ceilings", "ops", "inference"}
+    assert {r["ceiling"] for r in result["records"] if "ceiling" in r} == {"copy", "product"}
+    for r in result["records"]:
+        if "op" in r:
+            assert 0 < r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"] and r["share"] > 0
+            assert r["bytes_per_second"] == pytest.approx(r["bytes"] / r["ms_p50"] * 1e3)
+    assert {r["contender"] for r in result["records"] if r.get("group") == "steps"} == set(parts.STEPS)
+    assert {r["contender"] for r in result["records"] if r.get("group") == "plain"} == set(parts.GROUPS["plain"])
+    assert {"gpus", "cpu", "versions", "commit", "date", "command", "clocks"} <= result.keys()
+    assert result["command"].startswith("python -m benchmarks.suite") and str(tmp_path) not in json.dumps(result)
+    first, *rest = (tmp_path / suite.TABLE).read_text().splitlines()
+    assert first.startswith("# ") and "torch" in first
+    assert len(list(csv.DictReader(rest))) == len([r for r in result["records"] if "equality" not in r])
+
+
+def test_a_dead_process_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The item that it died at is failed; the next process goes on behind it. A hanging one is cut off."""
+    file = tmp_path / suite.LINES
+    child = """
+import json, os, sys, time
+file, run = sys.argv[1], sys.argv[2]
+seen = open(file).read() if os.path.exists(file) else ""
+def tell(**line): open(file, "a").write(json.dumps({"run": run, "part": "ops", **line}) + "\\n")
+for key in ("a", "dies", "b", "hangs"):
+    if f'"{key}"' in seen: continue
+    tell(item=key, state="begin")
+    if key == "dies": os._exit(66)
+    if key == "hangs": time.sleep(60)
+    tell(item=key, state="done", records=[{"x": key}])
+"""
+    real = subprocess.Popen
+    monkeypatch.setattr(suite, "_GRACE", 0.2)
+    monkeypatch.setattr(
+        suite.subprocess, "Popen", lambda command, **rest: real([sys.executable, "-c", child, str(file), "r"], **rest)
+    )
+    args = type("Args", (), {"output": tmp_path, "device": "cpu", "threads": 1, "tiny": True})()
+    begin = time.time()
+    suite._run_part("ops", args, "r", time.time() + 10)
+    assert time.time() - begin < 40
+    lines = [*suite.read(file), {"run": "r", "head": {"gpus": []}}]
+    result = suite.collect(lines)
+    assert [r["x"] for r in result["records"]] == ["a", "b"]
+    reasons = {f["item"]: f["reason"] for f in result["failed"]}
+    assert "ended with 66" in reasons["dies"] and "cut off" in reasons["hangs"]
+
+
+def test_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    suite.append(file, {"run": "r", "part": "ops", "item": "a", "state": "done", "records": []})
+    with file.open("a") as f:
+        f.write('{"run": "r", "part": "ops", "it')
+    assert len(suite.read(file)) == 1
+
+
+def test_collect_takes_the_newest_run_of_each_part() -> None:
+    def lines(run: str, part: str, value: int) -> list[dict[str, Any]]:
+        head = {"run": run, "head": {"date": run, "gpus": []}}
+        return [head, {"run": run, "part": part, "item": "i", "state": "done", "records": [{"v": value}]}]
+
+    result = suite.collect([*lines("1", "ops", 1), *lines("2", "memory", 2), *lines("3", "ops", 3)])
+    assert sorted(r["v"] for r in result["records"]) == [2, 3]
+
+
+def test_suite_needs_a_gpu_for_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        suite.main(["--output", "x", "--device", "cuda"])
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+# ---- make test-gpu
+
+
+PASSING = "def test_good(): pass\n"
+FAILING = "def test_bad(): assert False\n"
+
+
+@pytest.mark.slow
+def test_check_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_two.py").write_text(PASSING + FAILING)
+    arguments = [
+        "--output",
+        str(tmp_path / "out"),
+        "--mark",
+        "not gpu",
+        "--seconds",
+        "90",
+        "--",
+        str(tmp_path),
+        "-n",
+        "0",
+    ]
+    assert check_gpu.main([*arguments, "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]) == 1
+    out = capsys.readouterr().out
+    assert "1 passed, 1 failed" in out and "test_two::test_bad" in out
+    if "compute-sanitizer is not there" in out:
+        assert out.count("compute-sanitizer is not there") == 3
+    assert (tmp_path / "out" / "test-gpu.xml").is_file()
+    assert "1 failed, 1 passed" in (tmp_path / "out" / "test-gpu.log").read_text()
+
+
+def test_a_hanging_step_is_cut_off(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    begin = time.time()
+    assert (
+        check_gpu._run([sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"], log, 2, {})
+        is None
+    )
+    assert time.time() - begin < 30 and "here" in log.read_text()
+    assert check_gpu._run([sys.executable, "-c", "raise SystemExit(3)"], log, 30, {}) == 3
+
+
+def test_the_reduced_table_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reduced.main(["--device", "cpu", "--seconds", "1.5"]) == 0
+    out = capsys.readouterr().out
+    assert "native bn_stats plain" in out and ", 0 raised" in out
+
+
+# ---- make bench-check
+
+
+def _bench(**changes: Any) -> dict[str, Any]:
+    contenders = [{"name": n, "images_per_second": s} for n, s in (("channels_last", 10.0), ("resnet_fast", 20.0))]
+    speed = [{"mode": "inference", "dtype": "float32", "batch": 4, "device": "cpu", "contenders": contenders}]
+    return {
+        "file": "r.json", "model": {"name": "resnet50"}, "cpu": "A", "cores": 2, "threads": 2, "isa": "avx2",
+        "gpus": [],
+        "commit": "abc", "date": "2026-01-02T03", "versions": {"torch": "2.13"}, "speed": speed, **changes,
+    }  # fmt: skip
+
+
+def test_compare() -> None:
+    new = _bench()
+    new["speed"] = [{**new["speed"][0], "contenders": [{"name": "resnet_fast", "images_per_second": 30.0}]}]
+    assert compare.rows(_bench(), new) == [("resnet50 inference float32 batch 4 resnet_fast", 20.0, 30.0, 1.5)]
+    text = compare.text(_bench(), new)
+    assert "1.50" in text and "ANOTHER MACHINE" not in text
+    other = compare.text(_bench(), {**new, "cpu": "B", "threads": 8})
+    assert "ANOTHER MACHINE TYPE" in other and "A then, B now" in other and "threads: 2 then, 8 now" in other
+
+
+def test_compare_with_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(["--results", str(tmp_path)]) == 2
+    assert "no results" in capsys.readouterr().err
