@@ -14,6 +14,7 @@ __all__ = ["COMMANDS", "CommandError", "did_you_mean"]
 COMMANDS: dict[str, str] = {
     "bench": "check that a fused model equals torch's, then time it against eager and compiled torch",
     "info": "versions, hardware, and which backend can run which operation here, or why not",
+    "train": "train a network of the ResNet paper, fused, with the paper's recipes, or transfer weights to other classes",
 }
 
 
