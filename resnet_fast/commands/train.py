@@ -15,13 +15,23 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast.recipes import checkpoint, data, definitions, figures, networks, records, training
+from resnet_fast.recipes import checkpoint, data, definitions, figures, networks, records, training, transforms
 from resnet_fast.recipes.ranks import Ranks
 
-from . import CommandError, machine, tables
+from . import CommandError, did_you_mean, machine, tables
 from .progress import Progress
 
-__all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "device_for", "run"]
+__all__ = [
+    "DESCRIPTION",
+    "EXAMPLES",
+    "add_arguments",
+    "choice",
+    "device_for",
+    "output_file",
+    "positive",
+    "run",
+    "without_folders",
+]
 
 DESCRIPTION = """\
 Train a network of "Deep Residual Learning for Image Recognition" with its blocks fused. Without any option: ResNet-20 on
@@ -92,23 +102,36 @@ def device_for(name: str) -> str:
     return name
 
 
-def _choice(option: str, value: str, known: Any) -> None:
+def choice(option: str, value: str, known: Any) -> None:
+    """Raise a CommandError unless ``--option value`` is one of ``known``."""
     if value not in known:
-        raise CommandError(f"--{option} {value}: supported are {', '.join(known)}")
+        raise CommandError(f"--{option} {value}: supported are {', '.join(known)}.{did_you_mean(value, known)}")
 
 
-def _check(args: argparse.Namespace) -> None:
-    for option, known in (
-        ("amp", training.AMP),
-        ("on_corrupt", ("skip", "error")),
-        ("head", ("replace", "append")),
-        ("freeze", ("backbone", "bn", "none")),
-    ):
-        _choice(option.replace("_", "-"), getattr(args, option), known)
-    for option in ("epochs", "iterations", "batch", "lr", "save_every", "threads", "size", "samples", "num_classes"):
+def positive(args: argparse.Namespace, *options: str) -> None:
+    """Raise a CommandError unless each of these options is unset or above zero."""
+    for option in options:
         value = getattr(args, option)
         if value is not None and not value > 0:
             raise CommandError(f"--{option.replace('_', '-')} {value}: supported are positive numbers")
+
+
+def output_file(option: str, name: str | None) -> Path | None:
+    """Where to write: its folder must be there before the work starts."""
+    if name is None:
+        return None
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise CommandError(f"{option} {name}: {'is a folder' if path.is_dir() else f'no such folder {path.parent}'}")
+    return path
+
+
+def _check(args: argparse.Namespace) -> None:
+    choice("amp", args.amp, training.AMP)
+    choice("on-corrupt", args.on_corrupt, ("skip", "error"))
+    choice("head", args.head, ("replace", "append"))
+    choice("freeze", args.freeze, ("backbone", "bn", "none"))
+    positive(args, "epochs", "iterations", "batch", "lr", "save_every", "threads", "size", "samples", "num_classes")
     if args.workers is not None and args.workers < 0:
         raise CommandError(f"--workers {args.workers}: supported are 0 and above")
     if args.weights is None and (args.freeze == "backbone" or args.head != "replace"):
@@ -230,8 +253,8 @@ def _resume(trainer: training.Trainer, folder: records.Folder, said: dict[str, A
         print(f"resume   after epoch {trainer.epoch}, iteration {trainer.iteration} of {trainer.total}", flush=True)
 
 
-def _argv(argv: list[str]) -> list[str]:
-    """Without the folders of this machine."""
+def without_folders(argv: list[str]) -> list[str]:
+    """Of paths behind a colon (cifar10:/data/cifar) the last part: results name no folders of a machine."""
     return [f"{w.partition(':')[0]}:{Path(w.partition(':')[2]).name}" if ":/" in w else w for w in argv]
 
 
@@ -304,7 +327,7 @@ def _prepare(
     return trainer, _said(args, recipe, network, channels_last), rows
 
 
-def _preprocess(weights: networks.Weights, found: data.Data) -> training.Preprocess:
+def _preprocess(weights: networks.Weights, found: data.Data) -> transforms.Preprocess:
     """That of the weights, at the size of the data."""
     known = weights.preprocess or networks.usual(weights.network)
     if known.size == found.size:
@@ -341,7 +364,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.first:
         folder = records.Folder(output, resume=args.resume, overwrite=args.overwrite)
     resuming = ranks.any(folder is not None and folder.resuming)
-    record = machine.provenance(_argv(args.argv))
+    record = machine.provenance(without_folders(args.argv))
     if ranks.first:
         print(_head(trainer, args, record, rows), flush=True)
     if resuming:

@@ -89,8 +89,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="fast",
             source="this project: the paper's SGD with one warm-up and one cosine, short enough for a CPU",
-            batch=64,
-            lr=0.1,
+            batch=32,
+            lr=0.05,
             schedule="cosine",
             epochs=15,
             nesterov=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ def _collate(items: list[Any]) -> Batch:
     corrupt = [name for *_, names in items for name in names]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
     return Batch(images, torch.tensor([label for _, label in good]), corrupt)
+
+
+def _ready(source: Images | Folder, preprocess: Preprocess) -> TypeGuard[Images]:
+    """In memory, and of the right size: batches are picked without looking at single images."""
+    return isinstance(source, Images) and tuple(source.images.shape[-2:]) == (preprocess.size, preprocess.size)
 
 
 class _Views(Dataset[Any]):
@@ -117,8 +122,7 @@ class Batches:
         """The batches of ``epoch`` from the ``start``-th on."""
         parts = self._indices(epoch)[start:]
         source = self.source
-        same = isinstance(source, Images) and self.transform is None
-        if same and tuple(source.images.shape[-2:]) == (self.preprocess.size,) * 2:
+        if self.transform is None and _ready(source, self.preprocess):
             for part in parts:
                 yield Batch(source.images[part], source.labels[part], [])
             return
@@ -148,8 +152,7 @@ def test_batches(
     views = _Views(source, preprocess, None, on_corrupt)
     indices = range(rank, len(source), world)
     keys = [[(0, 0, i) for i in indices[k : k + batch]] for k in range(0, len(indices), batch)]
-    same = isinstance(source, Images) and tuple(source.images.shape[-2:]) == (preprocess.size,) * 2
-    if same:
+    if _ready(source, preprocess):
         for part in keys:
             chosen = torch.tensor([i for *_, i in part])
             yield Batch(source.images[chosen], source.labels[chosen], [])

@@ -41,7 +41,7 @@ class DivergedError(Exception):
     """The loss or a weight is no longer finite; the message says when, and what is kept."""
 
 
-class InterruptedTraining(Exception):  # noqa: N818  (no error: the user's wish)
+class InterruptedTraining(Exception):
     """Training was asked to stop, and has been saved."""
 
 
@@ -57,12 +57,12 @@ class Settings(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Mean loss, top-1 and top-5 in percent, over ``count`` images."""
+    """Mean loss, top-1 and top-5 in percent, over ``images``."""
 
     loss: float
     top1: float
     top5: float
-    count: int
+    images: int
 
 
 def preprocess_for(data: Data, recipe: Recipe, seed: int) -> Preprocess:
@@ -325,7 +325,7 @@ class Trainer:
         for name, source in (("validation", self.data.validation), ("test", self.data.test)):
             if source is not None:
                 scores = self.evaluate(source)
-                row |= {f"{name}_{k}": v for k, v in scores._asdict().items() if k != "count"}
+                row |= {f"{name}_{k}": v for k, v in scores._asdict().items() if k != "images"}
                 judge = "validation" if name == "validation" else judge
         if not math.isfinite(row["test_loss"]):
             self._check(torch.tensor(row["test_loss"]), "the test's loss")
