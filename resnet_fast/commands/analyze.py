@@ -22,12 +22,12 @@ __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "run"]
 
 DESCRIPTION = """\
 What the paper measures of its networks:
-  degradation   training and test error of plain and of residual networks as depth grows; shortcut options (figures 4, 6)
+  degradation   error of plain and of residual networks as depth grows, and of the shortcut options (figures 4, 6)
   responses     standard deviation of each layer's response in trained networks (figure 7)
   gradients     norm of the gradient of each layer's weight at the start, with and without shortcuts
 and of this project:
   fusion        loss by iteration of fused and of plain training, from the same seed
-Trained networks are kept in --output and not trained again: an interrupted analysis goes on with the next network."""
+Trained networks are kept in --output and not trained again: an interrupted analysis goes on where it was."""
 
 EXAMPLES = """\
 examples:

@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 DESCRIPTION = """\
-Train a network of "Deep Residual Learning for Image Recognition" with its blocks fused. Without any option: ResNet-20 on
-scikit-learn's handwritten digits, in seconds. The folder of --output gets last.pt and best.pt, metrics.json and .csv,
-curves.png, and TensorBoard's events where that is installed."""
+Train a network of "Deep Residual Learning for Image Recognition" with its blocks fused. Without any option: ResNet-20
+on scikit-learn's handwritten digits, in seconds. The folder of --output gets last.pt and best.pt, metrics.json and
+metrics.csv, curves.png, and TensorBoard's events where that is installed."""
 
 EXAMPLES = """\
 examples:
@@ -467,7 +467,8 @@ class _Summary:
         skipped = f"; {len(t.corrupt)} unreadable images skipped" if t.corrupt else ""
         of = "test" if t.data.validation is None else "validation"
         return (
-            f"test top-1 {last['test_top1']:.2f} %, top-5 {last['test_top5']:.2f} % (best on {of}: {t.best['top1']:.2f} % "
+            f"test top-1 {last['test_top1']:.2f} %, top-5 {last['test_top5']:.2f} % "
+            f"(best on {of}: {t.best['top1']:.2f} % "
             f"in epoch {t.best['epoch']:.0f}); {last['seconds']:.1f} s of training, "
             f"{last['images_per_second']:.0f} img/s{skipped}; in {output}/"
         )

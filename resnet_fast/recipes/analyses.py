@@ -34,7 +34,7 @@ def network(kind: str, depth: int, shortcut: str | None, data: Data) -> networks
 
 
 class Study:
-    """Networks trained alike, each once: the result is kept in ``folder`` and found there by the next analysis."""
+    """Networks trained alike, each once: kept in ``folder``, where the next analysis, or the same again, finds it."""
 
     def __init__(
         self, data: Data, recipe: Recipe, folder: Path, *, seed: int, fuse: bool, iterations: int, device: str
@@ -68,12 +68,15 @@ class Study:
             self.recipe,
             preprocess,
             Ranks(self.device),
-            training.Settings(seed=self.seed, channels_last=self.fuse),
+            training.Settings(seed=self.seed, channels_last=self.fuse, save_every=100),
             iterations=self.iterations,
             easy_start=self.recipe.name == "paper-cifar" and depth == 110,
             progress=progress,
         )
-        trainer.run()
+        partial = file.with_suffix(".part")
+        if partial.exists():
+            trainer.restore(checkpoint.load(partial))
+        trainer.run(save=lambda: checkpoint.save(partial, trainer.state()))
         progress.clear()
         result = {
             "kind": kind,
@@ -85,6 +88,7 @@ class Study:
             "model": model.state_dict(),
         }
         checkpoint.save(file, result)
+        partial.unlink()
         return result
 
     def trained(self, kind: str, depth: int, shortcut: str | None, progress: Progress) -> nn.Module:

@@ -17,8 +17,8 @@ class Recipe:
     by 10 when the validation error stops falling), "steps" (divide by 10 at ``milestones``, shares of the length) or
     "cosine" (down to 0 over the length); each after ``warmup`` epochs of linear rise. ``augment``, see
     :func:`resnet_fast.recipes.transforms.spatial`; "crop" moves images by up to ``pad`` of 32 pixels. ``normalise``:
-    subtract the mean of each "pixel", or mean and deviation of each "channel". ``holdout``: share of CIFAR-10's training
-    images kept for validation. ``decay_all`` False: no weight decay for biases and batch norms.
+    subtract the mean of each "pixel", or mean and deviation of each "channel". ``holdout``: share of CIFAR-10's
+    training images kept for validation. ``decay_all`` False: no weight decay for biases and batch norms.
     """
 
     name: str

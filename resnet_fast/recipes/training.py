@@ -46,7 +46,7 @@ class InterruptedTraining(Exception):
 
 
 class Settings(NamedTuple):
-    """How a run computes; nothing here changes what is learned but for rounding."""
+    """Seed, arithmetic, layout, and how images are read and work is saved. ``on_corrupt``: "skip" or "error"."""
 
     seed: int = 0
     amp: str = "off"
@@ -178,15 +178,15 @@ class Trainer:
     def _input(self, images: Tensor, step: int) -> tuple[Tensor, Tensor | None, float]:
         """Augmented and normalised; the order that mixup mixed with (or None), and the weight of the first."""
         r, s = self.recipe, self.settings
-        random = draws(s.seed, self.epoch, step, self.ranks.rank, 1)
+        random, share = draws(s.seed, self.epoch, step), (self.ranks.rank, self.ranks.world)
         x = images.to(self.ranks.device, non_blocking=True)
         if r.flip and self.data.flips and r.augment != "none":
-            x = flip(x, random)
+            x = flip(x, random, share)
         x = self.preprocess.normalise(x)
         if r.lighting and x.shape[1] == 3:
-            x = lighting(x, self.preprocess.std, random)
+            x = lighting(x, self.preprocess.std, random, share)
         if r.augment == "crop":
-            x = shift(x, max(1, round(r.pad * self.preprocess.size / 32)), random)
+            x = shift(x, max(1, round(r.pad * self.preprocess.size / 32)), random, share)
         order, weight = None, 1.0
         if r.mixup:
             x, order, weight = mixup(x, r.mixup, random)
@@ -233,8 +233,8 @@ class Trainer:
     ) -> None:
         """Train to the end.
 
-        ``on_step(loss)`` after every iteration; ``on_epoch(row, best)`` after every epoch's evaluation; ``save()`` every
-        ``save_every`` iterations, after every epoch and when ``stop()`` answers yes. Raises DivergedError,
+        ``on_step(loss)`` after every iteration; ``on_epoch(row, best)`` after every epoch's evaluation; ``save()``
+        every ``save_every`` iterations, after every epoch and when ``stop()`` answers yes. Raises DivergedError,
         InterruptedTraining and what ``save`` raises.
         """
         while self.iteration < self.total:
@@ -330,6 +330,7 @@ class Trainer:
         if not math.isfinite(row["test_loss"]):
             self._check(torch.tensor(row["test_loss"]), "the test's loss")
         self.schedule.validated(100 - row[f"{judge}_top1"])
+        self.corrupt = set().union(*self.ranks.gather(sorted(self.corrupt)))
         row["images_per_second"] = self.images / self.seconds if self.seconds else 0.0
         row["seconds"] = self.seconds
         better = row[f"{judge}_top1"] > self.best["top1"]

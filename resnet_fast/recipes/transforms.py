@@ -29,8 +29,8 @@ __all__ = [
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-#: Principal components of ImageNet's colours (values in 0..1), R, G, B in rows: Krizhevsky et al., NIPS 2012, section 4.1;
-#: the numbers are those of Facebook's fb.resnet.torch.
+#: Principal components of ImageNet's colours (values in 0..1), R, G, B in rows: Krizhevsky et al., NIPS 2012, section
+#: 4.1; the numbers are those of Facebook's fb.resnet.torch.
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 _LIGHTING = 0.1
@@ -40,8 +40,8 @@ _LIGHTING = 0.1
 class Preprocess:
     """How images reach a network in the test, as the checkpoint keeps it.
 
-    The shorter side becomes ``resize``, the central ``size`` x ``size`` is cropped, values in 0..1 lose ``mean`` and are
-    divided by ``std``. ``mean`` is (C,), or (C, size, size): one for each pixel, as in the paper. ``std`` is (C,).
+    The shorter side becomes ``resize``, the central ``size`` x ``size`` is cropped, values in 0..1 lose ``mean`` and
+    are divided by ``std``. ``mean`` is (C,), or (C, size, size): one for each pixel, as in the paper. ``std`` is (C,).
     """
 
     size: int
@@ -116,16 +116,24 @@ def spatial(kind: str, preprocess: Preprocess) -> Spatial | None:
     raise ValueError(f"kind={kind!r} is not supported; use scale, resized_crop, crop or none")
 
 
-def flip(x: Tensor, random: torch.Generator) -> Tensor:
+#: Which images of the global batch are this rank's: the rank-th and every world-th after it. Draws are made for all of
+#: them, so that any number of processes augments alike.
+Share = tuple[int, int]
+
+
+def flip(x: Tensor, random: torch.Generator, share: Share = (0, 1)) -> Tensor:
     """(N, C, H, W): each image mirrored with probability one half."""
-    chosen = (torch.rand(len(x), generator=random) < 0.5).to(x.device)
+    rank, world = share
+    chosen = (torch.rand(len(x) * world, generator=random)[rank::world] < 0.5).to(x.device)
     return torch.where(chosen.view(-1, 1, 1, 1), x.flip(3), x)
 
 
-def shift(x: Tensor, pad: int, random: torch.Generator) -> Tensor:
+def shift(x: Tensor, pad: int, random: torch.Generator, share: Share = (0, 1)) -> Tensor:
     """(N, C, H, W): each image moved by up to ``pad`` pixels, zeros moving in: pad and crop at random."""
     n, channels, height, width = x.shape
-    top, left = (torch.randint(2 * pad + 1, (n,), generator=random).to(x.device) for _ in range(2))
+    rank, world = share
+    drawn = torch.randint(2 * pad + 1, (2, n * world), generator=random)[:, rank::world]
+    top, left = drawn.to(x.device)
     padded = F.pad(x, [pad] * 4)
     rows = top.view(n, 1, 1, 1) + torch.arange(height, device=x.device).view(1, 1, -1, 1)
     columns = left.view(n, 1, 1, 1) + torch.arange(width, device=x.device).view(1, 1, 1, -1)
@@ -133,15 +141,16 @@ def shift(x: Tensor, pad: int, random: torch.Generator) -> Tensor:
     return padded[image, torch.arange(channels, device=x.device).view(1, -1, 1, 1), rows, columns]
 
 
-def lighting(x: Tensor, std: Tensor, random: torch.Generator) -> Tensor:
+def lighting(x: Tensor, std: Tensor, random: torch.Generator, share: Share = (0, 1)) -> Tensor:
     """(N, 3, H, W), normalised: AlexNet's PCA colour augmentation, one draw for each image."""
-    alpha = _LIGHTING * torch.randn(len(x), 3, generator=random)
+    rank, world = share
+    alpha = _LIGHTING * torch.randn(len(x) * world, 3, generator=random)[rank::world]
     colour = (alpha * torch.tensor(_EIGENVALUES)) @ torch.tensor(_EIGENVECTORS).T  # (N, 3), in values of 0..1
     return x + (colour / std).to(x.device).view(-1, 3, 1, 1)
 
 
 def mixup(x: Tensor, alpha: float, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """x mixed with itself in another order: (mixed, that order, weight of the first). Zhang et al., arXiv 1710.09412."""
+    """x mixed with itself in another order: (mixed, that order, weight of the first). arXiv 1710.09412."""
     # Beta(alpha, alpha) from two gamma draws; torch's own sampler takes no generator, so it gets a seed from ours.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=random)))
