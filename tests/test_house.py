@@ -53,7 +53,8 @@ SIDEWAYS = {
     ("folding", "watch"),
     ("modules", "plan"),
     ("fuse", "adapters"),
-    ("recipes", "commands"),
+    ("recipes", "commands"),  # their errors, progress, plots
+    ("commands", "recipes"),  # train, evaluate, analyze
     ("__main__", "commands"),
     ("__main__", "__init__"),
     ("commands", "__init__"),  # commands use the package as its users do

@@ -266,7 +266,7 @@ def test_weights_that_are_not_finite_are_not_saved() -> None:
     ("options", "said"),
     [
         (["--batch", "1"], "--batch 1 over 1 process: batch norm needs 2 images"),
-        (["--model", "cifar_resnet21"], "Did you mean 'cifar_resnet20'"),
+        (["--model", "cifar_resnet21"], "Did you mean 'cifar_resnet"),
         (["--recipe", "papercifar"], "Did you mean 'paper-cifar'"),
         (["--amp", "bf15"], "--amp bf15"),
         (["--epochs", "0"], "--epochs 0: supported are positive numbers"),
