@@ -288,7 +288,7 @@ def _prepare(
         )
     if recipe.batch % ranks.world:
         raise CommandError(f"--batch {recipe.batch}: must be a multiple of the {ranks.world} processes")
-    torch.manual_seed(args.seed)
+    checkpoint.seed(args.seed)
     model, network = _network(args, weights, model_name, found, recipe)
     preprocess = training.preprocess_for(found, recipe, args.seed) if weights is None else _preprocess(weights, found)
     frozen = networks.freeze(model, network, args.freeze)

@@ -15,7 +15,7 @@ import torch
 
 from resnet_fast.commands import CommandError
 
-__all__ = ["FORMAT", "load", "rng_state", "save", "set_rng_state", "write"]
+__all__ = ["FORMAT", "load", "rng_state", "save", "seed", "set_rng_state", "write"]
 
 #: Counted up when older ones can no longer be read.
 FORMAT = 1
@@ -103,6 +103,15 @@ def rng_state() -> dict[str, Any]:
             *(float(r) if i == 2 else int(r) for i, r in enumerate(rest)),
         ]
     return state
+
+
+def seed(number: int) -> None:
+    """Seed Python's, numpy's and torch's generators."""
+    random.seed(number)
+    torch.manual_seed(number)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.random.seed(number % 2**32)
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

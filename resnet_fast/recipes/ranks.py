@@ -54,6 +54,14 @@ class Ranks:
         dist.all_gather_object(items, item)
         return items
 
+    def average_gradients(self, model: nn.Module) -> None:
+        """What DistributedDataParallel does; it refuses nn.SyncBatchNorm on a CPU, which our fused blocks can."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.div_(self.world).split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
     def buffers(self, model: nn.Module) -> None:
         """Every rank gets the first rank's running statistics."""
         if self.world > 1:

@@ -145,7 +145,9 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.amp == "fp16")
         self._wrapped: nn.Module = self.model
-        if ranks.world > 1:
+        on_cpu = ranks.device.type == "cpu"
+        self._average = ranks.world > 1 and on_cpu and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+        if ranks.world > 1 and not self._average:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(self.model, device_ids=ids)
         self.epoch = self.position = self.iteration = 0
@@ -209,6 +211,8 @@ class Trainer:
             other = F.cross_entropy(logits, labels[order], label_smoothing=smoothing)
             loss = weight * loss + (1 - weight) * other
         self.scaler.scale(loss).backward()
+        if self._average:
+            self.ranks.average_gradients(self.model)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         loss, n = loss.detach(), len(labels)
