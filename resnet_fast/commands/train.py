@@ -277,6 +277,12 @@ def _prepare(
     """The trainer; what a resumed run must have in common with it; what is fused (None: nothing)."""
     recipe = recipe_for(args)
     weights = networks.read(args.weights, args.model) if args.weights is not None else None
+    if weights is not None and (args.shortcut is not None or args.version_ is not None):
+        if weights.origin.startswith("resnet-fast train"):
+            raise CommandError(f"--shortcut, --version: {weights.file} says itself what its network is")
+        told = _options(args, weights.network.name, recipe)
+        told.pop("zero_init_residual", None)  # weights are not drawn
+        weights = weights._replace(network=weights.network._replace(options=told))
     model_name = args.model or (weights.network.name if weights else _MODEL.get(args.data.partition(":")[0]))
     model_name = model_name or "cifar_resnet20"
     found = _open(args, weights, model_name, recipe.holdout)

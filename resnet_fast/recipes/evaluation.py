@@ -50,8 +50,8 @@ class Answers(NamedTuple):
 
 
 class _ViewsOf(Dataset[Any]):
-    def __init__(self, source: Images | Folder, preprocess: Preprocess, views: Views, on_corrupt: str) -> None:
-        self.source, self.preprocess, self.views, self.on_corrupt = source, preprocess, views, on_corrupt
+    def __init__(self, source: Images | Folder, preprocess: Preprocess, views: Views) -> None:
+        self.source, self.preprocess, self.views = source, preprocess, views
 
     def __len__(self) -> int:
         return len(self.source)
@@ -60,8 +60,6 @@ class _ViewsOf(Dataset[Any]):
         try:
             image, label = self.source[index]
         except CorruptImageError as error:
-            if self.on_corrupt == "error":
-                raise CommandError(f"unreadable image {error}. Remedy: replace it, or --on-corrupt skip") from error
             return index, -1, [], str(error)
         return index, label, self.views.of(image, self.preprocess), ""
 
@@ -100,7 +98,7 @@ def answers(
     dtype = AMP[amp]
     views_each = len(views.scales) or (10 if views.crops == "10" else 1)
     loader = DataLoader(
-        _ViewsOf(source, preprocess, views, on_corrupt),
+        _ViewsOf(source, preprocess, views),
         batch_size=max(1, batch // views_each),
         num_workers=workers,
         collate_fn=list,
@@ -110,6 +108,8 @@ def answers(
     for items in loader:
         done += len(items)
         corrupt += [name for *_, name in items if name]
+        if corrupt and on_corrupt == "error":
+            raise CommandError(f"unreadable image {corrupt[0]}. Remedy: replace it, or --on-corrupt skip")
         items = [item for item in items if not item[3]]
         if not items:
             continue

@@ -46,7 +46,7 @@ def _ready(source: Images | Folder, preprocess: Preprocess) -> TypeGuard[Images]
 
 
 class _Views(Dataset[Any]):
-    """One view of each image. In training ("replace") the next readable image takes the place of one that is not."""
+    """A view of each image, or None. In training ("replace") the next readable image stands in for an unreadable one."""
 
     def __init__(
         self, source: Images | Folder, preprocess: Preprocess, transform: Spatial | None, on_corrupt: str
@@ -73,13 +73,11 @@ class _Views(Dataset[Any]):
                 image, label = self.source[(index + offset) % len(self.source)]
             except CorruptImageError as error:
                 corrupt.append(str(error))
-                if self.on_corrupt == "leave out":
-                    return None, -1, corrupt
-                if self.on_corrupt == "error":
-                    raise CommandError(f"unreadable image {error}. Remedy: replace it, or --on-corrupt skip") from error
-                continue
+                if self.on_corrupt == "replace":
+                    continue
+                return None, -1, corrupt
             return self._view(image, (*draw, index)), label, corrupt
-        raise CommandError("none of the training images can be read")
+        return None, -1, corrupt
 
 
 class Batches:
@@ -87,7 +85,7 @@ class Batches:
 
     Every epoch is a new order of the images, cut into global batches of ``batch``; rank r of ``world`` takes every
     world-th image from the r-th on. The last, incomplete batch is cut to a multiple of ``world``, and left out where it
-    has less than two images for each rank, or is all there is no room for.
+    has less than two images for each rank.
     """
 
     def __init__(
@@ -128,14 +126,22 @@ class Batches:
             return
         views = _Views(source, self.preprocess, self.transform, self.on_corrupt)
         keys = [[(self.seed, epoch, int(i)) for i in part] for part in parts]
-        yield from _loader(views, keys, self.workers)
+        for batch in _load(views, keys, self.workers):
+            if not len(batch.labels):
+                raise CommandError("none of the training images can be read")
+            yield batch
 
 
-def _loader(views: _Views, keys: list[list[tuple[int, int, int]]], workers: int) -> DataLoader[Any]:
+def _load(views: _Views, keys: list[list[tuple[int, int, int]]], workers: int) -> Iterator[Batch]:
+    """The images of every list of keys. What a worker finds wrong is raised here, without the worker's traceback."""
     sampler: Any = keys  # any iterable of lists of keys will do
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         views, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, pin_memory=torch.cuda.is_available()
     )
+    for batch in loader:
+        if batch.corrupt and views.on_corrupt == "error":
+            raise CommandError(f"unreadable image {batch.corrupt[0]}. Remedy: replace it, or --on-corrupt skip")
+        yield batch
 
 
 def test_batches(
@@ -157,4 +163,4 @@ def test_batches(
             chosen = torch.tensor([i for *_, i in part])
             yield Batch(source.images[chosen], source.labels[chosen], [])
         return
-    yield from _loader(views, keys, workers)
+    yield from _load(views, keys, workers)
