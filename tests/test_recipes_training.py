@@ -420,7 +420,7 @@ def test_two_processes_with_synchronised_batch_norm_are_one(tmp_path: Path) -> N
         cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("epoch 1") == 1 and "2 processes" in ran.stdout
+    assert ran.stdout.count("\nepoch 1 ") == 1 and "2 processes" in ran.stdout
     assert train(tmp_path / "one", *options) == 0
     two, one = (checkpoint.load(tmp_path / run / "last.pt") for run in ("two", "one"))
     assert len(two["rng"]) == 2 and two["rows"][0]["train_loss"] == pytest.approx(

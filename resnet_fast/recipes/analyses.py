@@ -88,7 +88,7 @@ class Study:
             "model": model.state_dict(),
         }
         checkpoint.save(file, result)
-        partial.unlink()
+        partial.unlink(missing_ok=True)
         return result
 
     def trained(self, kind: str, depth: int, shortcut: str | None, progress: Progress) -> nn.Module:

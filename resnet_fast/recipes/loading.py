@@ -46,7 +46,7 @@ def _ready(source: Images | Folder, preprocess: Preprocess) -> TypeGuard[Images]
 
 
 class _Views(Dataset[Any]):
-    """A view of each image, or None. In training ("replace") the next readable image stands in for an unreadable one."""
+    """A view of each image, or None. In training ("replace") the next readable image stands in for a corrupt one."""
 
     def __init__(
         self, source: Images | Folder, preprocess: Preprocess, transform: Spatial | None, on_corrupt: str
