@@ -115,9 +115,13 @@ def responses(title: str, nets: Sequence[Mapping[str, Any]], file: Path) -> None
         panels[1].plot(range(1, len(net["std"]) + 1), sorted(net["std"], reverse=True), label=name, **style)
     panels[0].set_xlabel("layer, in order")
     panels[1].set_xlabel("layer, sorted by magnitude")
+    values = [v for net in nets for v in net["std"]]
     for panel in panels:
         panel.set_ylabel("std of response")
-        panel.set_ylim(bottom=0)
+        if max(values) > 8 * min(values):
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(bottom=0)
     panels[0].legend(frameon=False, fontsize=8)
     _save(plt, figure, title, file)
 
