@@ -61,7 +61,8 @@ SIDEWAYS = {
     ("schedule", "plan"),
     ("fuse", "adapters"),
     ("tuning", "fuse"),
-    ("recipes", "commands"),
+    ("recipes", "commands"),  # their errors, progress, plots
+    ("commands", "recipes"),  # train, evaluate, analyze
     ("__main__", "commands"),
     ("__main__", "__init__"),
     ("commands", "__init__"),  # commands use the package as its users do

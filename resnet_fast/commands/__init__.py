@@ -12,9 +12,12 @@ __all__ = ["COMMANDS", "CommandError", "did_you_mean"]
 
 #: Name of the command, which is the name of its module, and the line that ``resnet-fast --help`` shows.
 COMMANDS: dict[str, str] = {
+    "analyze": "the ResNet paper's degradation, layer responses and gradients; fused against plain training",
     "bench": "check that a fused model equals torch's, then time it against eager and compiled torch",
-    "models": "which models of which library are fused, what of them is left, and why",
+    "evaluate": "top-1 and top-5 of trained or published weights: 10-crop, multi-scale, ensembles",
     "info": "versions, hardware, and which backend can run which operation here, or why not",
+    "models": "which models of which library are fused, what of them is left, and why",
+    "train": "train a network of the ResNet paper, fused, with the paper's recipes; transfer to other classes",
     "verify": "errors of the fused network, its blocks and layers beside torch's own, against float64",
 }
 

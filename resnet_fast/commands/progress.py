@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 __all__ = ["Progress", "bar"]
 
@@ -25,6 +25,7 @@ class Progress:
         self._tty = sys.stderr.isatty()
         self._begin = time.monotonic()
         self._every = 1.0 if self._tty else 5.0
+        self._due = self._begin + self._every
         try:  # a descriptor of its own: timing.memory() silences descriptor 2 for a while
             self._descriptor: int | None = os.dup(sys.stderr.fileno())
         except (OSError, ValueError):
@@ -60,6 +61,17 @@ class Progress:
             done.set()
             thread.join()
             self._write("", last=True)
+
+    def tick(self, text: Callable[[], str]) -> None:
+        """Show what ``text`` returns, if the last such line was long enough ago; to be called often."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + self._every
+            self._write(f"[{now - self._begin:4.0f} s] {text()}")
+
+    def clear(self) -> None:
+        """Remove the line that is written over, before another is printed."""
+        self._write("", last=True)
 
     def warn(self, text: str) -> None:
         """A line that stays."""

@@ -17,7 +17,7 @@ from resnet_fast import models
 
 from . import CommandError, did_you_mean
 
-__all__ = ["Source", "build", "calibrate"]
+__all__ = ["Source", "build", "calibrate", "torchvision"]
 
 
 class Source(NamedTuple):
@@ -40,7 +40,7 @@ def _import(name: str, wheels: str) -> Any:
         raise CommandError(f"--model: {name} {what}. Remedy: pip install {wheels}") from error
 
 
-def _torchvision() -> Any:
+def torchvision() -> Any:
     """torchvision, also its CUDA build beside a CPU torch, whose compiled library cannot load.
 
     Its Python code needs no more than that two operators are defined; calling one still raises NotImplementedError.
@@ -73,7 +73,7 @@ def _own(name: str) -> nn.Module:
 
 
 def _of_torchvision(name: str) -> nn.Module:
-    library = _torchvision().models
+    library = torchvision().models
     known = library.list_models(library)
     if name not in known:
         raise CommandError(f"--model torchvision:{name}: no such network.{did_you_mean(name, known)}")
@@ -81,7 +81,7 @@ def _of_torchvision(name: str) -> nn.Module:
 
 
 def _of_timm(name: str) -> nn.Module:
-    _torchvision()
+    torchvision()
     timm = _import("timm", "timm")
     if not timm.is_model(name):
         raise CommandError(f"--model timm:{name}: no such network.{did_you_mean(name, timm.list_models())}")
@@ -102,7 +102,7 @@ _TRANSFORMERS: dict[str, tuple[list[int], list[int], str]] = {
 
 def _transformers() -> Any:
     if importlib.util.find_spec("torchvision") is not None:
-        _torchvision()  # transformers imports it if it is there, and would stumble over a CUDA build
+        torchvision()  # transformers imports it if it is there, and would stumble over a CUDA build
     return _import("transformers", "transformers")
 
 
@@ -125,7 +125,7 @@ def _of_transformers(name: str) -> nn.Module:
 
 
 def _of_smp(name: str) -> nn.Module:
-    _torchvision()
+    torchvision()
     smp = _import("segmentation_models_pytorch", "segmentation-models-pytorch")
     arch, _, encoder = name.partition("/")
     known = {n for n in dir(smp) if isinstance(getattr(smp, n), type) and issubclass(getattr(smp, n), nn.Module)}

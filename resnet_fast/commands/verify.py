@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import resnet_fast
 from resnet_fast import adapters, modules
 from resnet_fast.models.blocks import BasicBlock, Bottleneck
-from resnet_fast.plan import BlockPlan, ConvBnPath, HostPlan, Opaque, find
+from resnet_fast.plan import BlockPlan, ConvBnPath, HostPlan, Join, Opaque, find
 
 from . import CommandError, arguments, equality, machine, plots, tables
 from .equality import Check, Unit
@@ -167,12 +167,14 @@ def units(model: nn.Module) -> Iterator[tuple[Unit, str]]:
         prefix = f"{row.name}." if row.name else ""
         parts = plan.parts if isinstance(plan, HostPlan) else (plan,) if isinstance(plan, BlockPlan) else ()
         for part in parts:
+            if isinstance(part, Join):
+                continue  # a sum and a ReLU: no layer
             sides = (part.shortcut,) if isinstance(part.shortcut, ConvBnPath) else ()
             for i, layer in enumerate((*part.layers, *sides)):
                 last = i == len(part.layers) - 1
                 act = find(host, layer.act) if isinstance(layer.act, str) else layer.act
                 relu = act is True or type(act) is nn.ReLU
-                pool = find(host, part.pool) if last and part.pool else None
+                pool = find(host, part.pool) if last and isinstance(part.pool, str) else None
                 pool = pool if relu and type(pool) is nn.MaxPool2d else None
                 conv = find(host, layer.conv)
                 yield _layer(prefix + layer.conv, conv, find(host, layer.bn), relu, pool), prefix + layer.conv
