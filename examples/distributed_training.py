@@ -40,7 +40,9 @@ def main() -> None:
         torch.cuda.set_device(device)
 
     torch.manual_seed(0)  # the same weights on every rank
-    model: nn.Module = models.create(args.model, num_classes=10).to(device, memory_format=torch.channels_last)
+    model: nn.Module = models.create(args.model, num_classes=10).to(device)
+    if not args.fsdp:  # fully_shard takes contiguous parameters alone; the images are channels_last either way
+        model.to(memory_format=torch.channels_last)
     if args.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     resnet_fast.fuse(model)
