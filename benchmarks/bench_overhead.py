@@ -151,7 +151,7 @@ def bench_overhead(benchmark: Any, train: bool, blocks: int) -> None:
         eager.train(train).to(memory_format=torch.channels_last)
         fused = resnet_fast.fuse(copy.deepcopy(eager))
         x = torch.randn(1, 8, 4, 4).to(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(train):
+        with plan.any_size(), torch.set_grad_enabled(train):
             calls: list[Callable[[], Any]] = [
                 lambda: eager(x),
                 in_turn([kernels_of_eager(part) for part in parts], x),

@@ -45,8 +45,8 @@ __all__ = [
     "forget",
     "fused_sums",
     "hook",
+    "measured_blocks",
     "op",
-    "originals",
     "prepare",
     "reasons",
     "resolve",
@@ -321,7 +321,7 @@ class Table(NamedTuple):
 
     rows: dict[Signature, Row]
     choices: dict[Signature, Choice]
-    originals: dict[Signature, str]  # blocks that are faster as they were, and how that was found
+    blocks: dict[Signature, str | None]  # how it was found that one is faster as it was; None where it is not
     unable: dict[Signature, str]
 
 
@@ -351,17 +351,18 @@ def add_rows(device: torch.device, rows: Iterable[Row]) -> None:
     """From now on the fastest candidate of each row runs on ``device``."""
     known = _tables.get(device) or Table({}, {}, {}, {})
     # Replaced as a whole, so that threads may go on reading.
-    new = Table(dict(known.rows), dict(known.choices), dict(known.originals), dict(known.unable))
+    new = Table(dict(known.rows), dict(known.choices), dict(known.blocks), dict(known.unable))
     for row in rows:
         signature, best = row.signature, row.candidates[0]
         new.rows[signature] = row
         new.choices.pop(signature, None)
-        new.originals.pop(signature, None)
+        new.blocks.pop(signature, None)
         new.unable.pop(signature, None)
         if signature.op == "block":
+            new.blocks[signature] = None
             if best.backend == "original":
                 other = next((c.seconds for c in row.candidates if c.backend != "original"), best.seconds)
-                new.originals[signature] = (
+                new.blocks[signature] = (
                     f"measured: {other / best.seconds:.2f}x as fast as it was, on {tables.device_name(device)}"
                 )
             continue
@@ -429,8 +430,8 @@ def fused_sums(*args: Any, **kwargs: Any) -> Callable[..., Any] | None:
     return hook("conv_backward", "sums", g.device, g.dtype)
 
 
-def originals(device: torch.device) -> Mapping[Signature, str]:
-    """Blocks that were measured to be faster unfused on ``device``, each with the reason to give."""
+def measured_blocks(device: torch.device) -> Mapping[Signature, str | None]:
+    """Blocks that were measured on ``device``: the reason to give where one is faster unfused, None where fused."""
     if _forced.get() is not None:
         return _NO_ROWS
-    return (_tables.get(device) or table(device)).originals
+    return (_tables.get(device) or table(device)).blocks

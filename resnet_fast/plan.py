@@ -6,9 +6,11 @@ batch norm, DataParallel's replicas) is seen at the next forward. Where a guard 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import functional as f
-from .dispatch import forced_backend, originals, use_backend
+from .dispatch import forced_backend, measured_blocks, use_backend
 from .folding import FoldCache, Folded, Program, arithmetic, cast, folded_block
 from .inference import fused_block
 from .tables import Signature
@@ -34,10 +36,12 @@ __all__ = [
     "Norm",
     "Opaque",
     "Refusal",
+    "any_size",
     "block_signature",
     "check_idle",
     "check_plain",
     "collect",
+    "faster_unfused",
     "find",
     "is_idle",
     "norm_of",
@@ -409,26 +413,80 @@ def block_signature(
     return Signature("block", dtype, tuple(x.shape), shapes, flags)
 
 
+#: Multiply-adds of a forward, for each thread, below which a block trains unfused on a CPU: there Python adds more than
+#: fusing saves (docs/conv.md, entry 24). Blocks that were measured or are pinned to a backend do as they were told.
+_worth = float(os.environ.get("RESNET_FAST_MIN_MACS", 50e6))
+
+
+@contextlib.contextmanager
+def any_size() -> Iterator[None]:
+    """Inside, blocks train fused on a CPU however small they are: for those who ask whether fusing is right."""
+    global _worth
+    before, _worth = _worth, 0.0
+    try:
+        yield
+    finally:
+        _worth = before
+
+
+def _too_small(x: Tensor, macs: float | None) -> str | None:
+    """Why the block trains unfused on the CPU, if it does. ``macs``: see ``multiply_adds``."""
+    if macs is None or x.device.type != "cpu" or forced_backend() is not None:
+        return None
+    work, worth = macs * x.shape[0] * x.shape[2] * x.shape[3], _worth * torch.get_num_threads()
+    if work >= worth:
+        return None
+    return (
+        f"{work / 1e6:.3g} million multiply-adds for {tuple(x.shape)}: fusing pays in training from {worth / 1e6:.0f} "
+        "on this CPU; remedy where it pays earlier: resnet_fast.warmup, or RESNET_FAST_MIN_MACS=0 in the environment"
+    )
+
+
+def multiply_adds(
+    module: nn.Module, plan: BlockPlan, layers: list[f.ConvBn], projection: f.ConvBn | None
+) -> float | None:
+    """Of a forward, for each pixel of its input; None where the original cannot train on a CPU (SyncBatchNorm)."""
+    paths = [*plan.layers, *([plan.shortcut] if isinstance(plan.shortcut, ConvBnPath) else [])]
+    if any(isinstance(find(module, path.bn), nn.SyncBatchNorm) for path in paths):
+        return None
+    macs, outputs = 0.0, 1.0
+    for layer in layers:
+        outputs /= layer.stride[0] * layer.stride[1]
+        macs += layer.weight.numel() * outputs
+    if projection is not None:
+        macs += projection.weight.numel() / (projection.stride[0] * projection.stride[1])
+    return macs
+
+
 class _Seen(NamedTuple):
     """What ``collect`` found, and how to know that it would find the same again."""
 
     watch: Watch
     key: tuple[Any, ...]
     found: tuple[list[f.ConvBn], f.ConvBn | None]
+    macs: float | None
 
 
-def _look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> tuple[list[f.ConvBn], f.ConvBn | None]:
-    """``collect``; what it found the last time, where nothing has changed since."""
+def _look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> _Seen:
+    """What ``collect`` finds; what it found the last time, where nothing has changed since."""
     # Which ranks there are decides what a SyncBatchNorm does. The id is safe: see _situation.
     key = id(module.__dict__), plan, dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     seen: _Seen | None = cache.seen
     if seen is not None and seen.key == key and seen.watch.unchanged():
-        return seen.found
+        return seen
     cache.seen = None
     watch = Watch(module, plan.paths + plan.idle)  # first: what changes meanwhile is seen the next time
     found = collect(module, plan)
-    cache.seen = _Seen(watch, key, found)
-    return found
+    seen = cache.seen = _Seen(watch, key, found, multiply_adds(module, plan, *found))
+    return seen
+
+
+def faster_unfused(x: Tensor, signature: Signature | None, macs: float | None) -> str | None:
+    """Why a block trains faster as it was: measured, or on a CPU too small. ``macs``: see ``multiply_adds``."""
+    known = measured_blocks(x.device)
+    if signature is not None and signature in known:
+        return known[signature]
+    return _too_small(x, macs)
 
 
 def why_not_now(module: nn.Module, plan: BlockPlan | Join) -> str | None:
@@ -584,14 +642,16 @@ def _run(
         situation = _situation(module, x, handed)
         folded = cache.recall(situation)
     if folded is None:
-        layers, projection = _look(module, plan, cache)
+        seen = _look(module, plan, cache)
+        layers, projection = seen.found
         every = [*layers, projection] if projection else layers
         _check_input(x, every, handed.dtype)
-        faster = originals(x.device)
-        if faster and _needs_grad(x, None, every):
-            signature = block_signature(x, layers, projection, plan, pools(module, plan, layers))
-            if signature is not None and signature in faster:
-                raise Refusal(faster[signature])
+        if _needs_grad(x, None, every):
+            pooled = pools(module, plan, layers)
+            signature = block_signature(x, layers, projection, plan, pooled) if measured_blocks(x.device) else None
+            reason = faster_unfused(x, signature, seen.macs)
+            if reason is not None:
+                raise Refusal(reason)
     if isinstance(plan.shortcut, Opaque):
         x, handed = narrow(x, handed), handed._replace(dtype=None)
         residual = find(module, plan.shortcut.path)(x)
@@ -616,7 +676,7 @@ def _run(
             if handed.inside:
                 return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
             return cast(z, dtype), _OUTSIDE
-        layers, projection = _look(module, plan, cache)
+        layers, projection = _look(module, plan, cache).found
         if plan.shortcut == "given":
             _check_given(residual, x, layers)
     x = narrow(x, handed)

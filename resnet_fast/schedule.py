@@ -18,7 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import dispatch, tables
 from . import functional as f
 from .dispatch import OPS, PARTS, SIGNATURES
-from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, block_signature, collect, find, pools
+from .plan import (
+    BlockPlan,
+    ConvBnPath,
+    Opaque,
+    Refusal,
+    block_signature,
+    collect,
+    faster_unfused,
+    find,
+    multiply_adds,
+    pools,
+)
 from .tables import Candidate, Row, Signature
 
 __all__ = ["Call", "Part", "Step", "apart", "describe", "inputs", "parts", "steps"]
@@ -46,6 +57,7 @@ class Part(NamedTuple):
     projection: f.ConvBn | None
     x: Tensor  # fake
     pool: bool
+    macs: float | None  # of a forward, for each pixel of x
     signature: Signature | None
     calls: list[Call]
 
@@ -217,7 +229,8 @@ def parts(module: nn.Module, plan: BlockPlan, seen: Inputs, fuses: Fuses = fuses
             continue
         pool = pools(module, plan, layers)
         signature = block_signature(x, layers, projection, plan, pool)
-        yield Part(plan, layers, projection, x, pool, signature, _calls(layers, projection, plan, x, pool, fuses))
+        macs = multiply_adds(module, plan, layers, projection)
+        yield Part(plan, layers, projection, x, pool, macs, signature, _calls(layers, projection, plan, x, pool, fuses))
 
 
 # ---- what runs, and why
@@ -273,10 +286,11 @@ def _step(part: Part, call: Call, pinned: str | None) -> Step:
 
 
 def _block_step(part: Part, device: torch.device) -> Step | None:
-    """Whether the block runs fused at all, where that was measured."""
+    """Whether the block runs fused at all, where that was measured or it is too small."""
     row = dispatch.table(device).rows.get(part.signature) if part.signature else None
     if row is None:
-        return None
+        reason = faster_unfused(part.x, None, part.macs)
+        return None if reason is None else Step("", "block", "original", reason)
     best, other = row.candidates[:2]
     reason = f"measured: {other.seconds / best.seconds:.2f}x {other.backend} on {tables.device_name(device)}"
     return Step("", "block", best.backend, reason)

@@ -16,6 +16,9 @@ if not torch.cuda.is_available():
 #: A developer's own table (resnet_fast.warmup) is no part of the tests: there is none in this folder.
 os.environ["RESNET_FAST_CACHE"] = os.path.join(tempfile.gettempdir(), "resnet_fast_tests_have_no_table")
 
+#: Blocks of any size train fused in the tests; test_small.py has the rule.
+os.environ["RESNET_FAST_MIN_MACS"] = "0"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:

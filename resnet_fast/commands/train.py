@@ -359,8 +359,6 @@ def _head(trainer: training.Trainer, args: argparse.Namespace, record: dict[str,
         + ("es" if trainer.ranks.world > 1 else ""),
     ]
     lines.append(tables.explanation(rows, False) if rows is not None else "fused: nothing (--no-fuse)")
-    if rows is not None and trainer.ranks.device.type == "cpu" and network.name.startswith("cifar"):
-        lines.append("note: on a CPU, networks this narrow train faster with --no-fuse (docs/recipes.md)")
     return "\n".join(lines)
 
 

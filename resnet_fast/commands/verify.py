@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import resnet_fast
 from resnet_fast import adapters, modules
 from resnet_fast.models.blocks import BasicBlock, Bottleneck
-from resnet_fast.plan import BlockPlan, ConvBnPath, HostPlan, Join, Opaque, find
+from resnet_fast.plan import BlockPlan, ConvBnPath, HostPlan, Join, Opaque, any_size, find
 
 from . import CommandError, arguments, equality, machine, plots, tables
 from .equality import Check, Unit
@@ -377,6 +377,11 @@ def _determinism(model: nn.Module, x: Tensor, options: _Options, progress: Progr
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0, or 1 where a check failed."""
+    with any_size():  # layers and blocks are checked on small crops
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     options = _Options(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast.commands import CommandError
 from resnet_fast.commands.progress import Progress
+from resnet_fast.plan import any_size
 
 from . import checkpoint, definitions, networks, training
 from .data import Data, Images
@@ -193,7 +194,8 @@ def same_training(
         return found
 
     plain = losses(seeds[0], False)
-    fused = losses(seeds[0], True)
+    with any_size():
+        fused = losses(seeds[0], True)
     return {
         "name": f"{name} on {data.name}, {amp}, lr {recipe.lr:g}",
         "plain": plain,
