@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import dispatch, folding, functional, models, plan
+from resnet_fast import dispatch, folding, functional, guards, models
 
 ROUNDS, LAUNCHES = 31, 100
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -133,7 +133,7 @@ def behind_the_guards(block: Any, x: Tensor) -> Callable[[], Any]:
     """The function that a fused block's forward calls when its guards have passed."""
     state = block.__dict__["_resnet_fast"]
     if block.training:
-        layers = plan._collect(block, state.plan)[0]
+        layers = guards.collect(block, state.plan)[0]
         return lambda: functional.residual_block(x, layers, identity=True)
     folded = state.caches[0]._entry.folded
     return lambda: folding.folded_block(x, folded, identity=True)
@@ -151,7 +151,7 @@ def bench_overhead(benchmark: Any, train: bool, blocks: int) -> None:
         eager.train(train).to(memory_format=torch.channels_last)
         fused = resnet_fast.fuse(copy.deepcopy(eager))
         x = torch.randn(1, 8, 4, 4).to(memory_format=torch.channels_last)
-        with plan.any_size(), torch.set_grad_enabled(train):
+        with guards.any_size(), torch.set_grad_enabled(train):
             calls: list[Callable[[], Any]] = [
                 lambda: eager(x),
                 in_turn([kernels_of_eager(part) for part in parts], x),

@@ -85,6 +85,11 @@ def op_cost(op: str, case: Case, itemsize: int, variant: str) -> Cost:
     lazy = s.y if "y" in options else 0  # a gradient that is formed from g and y on its way
     z = s.mask if "mask" in options else s.y
     flops = conv_flops(case)
+    if op == "bottleneck":  # C channels and K, the width, to C or, by a projection, 4 K
+        out = 4 * case.K if options else case.C
+        pixels = case.N * case.H * case.W
+        weights = case.K * (case.C + 9 * case.K + out) + (case.C * out if options else 0)
+        return Cost((pixels * (case.C + out) + weights) * itemsize, 2 * pixels * weights)
     costs = {
         "bn_stats": Cost(s.y, 0),
         "affine_act": Cost(2 * s.y + residual, 0),

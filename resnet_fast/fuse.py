@@ -20,22 +20,9 @@ from torch import Tensor, nn
 
 from . import adapters, dispatch, schedule
 from .folding import FoldCache, Program
-from .plan import (
-    BlockPlan,
-    Handed,
-    HostPlan,
-    Join,
-    Opaque,
-    Refusal,
-    find,
-    narrow,
-    program,
-    run,
-    run_join,
-    run_unfused,
-    stage_situation,
-    why_not_now,
-)
+from .guards import why_not_now
+from .plan import BlockPlan, HostPlan, Join, Opaque, Refusal, find
+from .running import Handed, narrow, program, run, run_join, run_unfused, stage_situation
 
 __all__ = ["Explanation", "FuseError", "Row", "explain", "fuse", "fused", "register_block", "unfuse"]
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .folding import FoldCache
-from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, run
+from .plan import BlockPlan, ConvBnPath, Opaque, Refusal
+from .running import run
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvBnAct2d", "Stem"]
 

@@ -18,18 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import dispatch, tables
 from . import functional as f
 from .dispatch import OPS, PARTS, SIGNATURES
-from .plan import (
-    BlockPlan,
-    ConvBnPath,
-    Opaque,
-    Refusal,
-    block_signature,
-    collect,
-    faster_unfused,
-    find,
-    multiply_adds,
-    pools,
-)
+from .guards import block_signature, collect, faster_unfused, multiply_adds, pools
+from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, find
 from .tables import Candidate, Row, Signature
 
 __all__ = ["Call", "Part", "Step", "apart", "describe", "inputs", "parts", "steps"]

@@ -20,6 +20,14 @@ os.environ["RESNET_FAST_CACHE"] = os.path.join(tempfile.gettempdir(), "resnet_fa
 os.environ["RESNET_FAST_MIN_MACS"] = "0"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --dist loadgroup one process compiles what the tests of a file share, not each of them."""
+    if config.pluginmanager.has_plugin("xdist"):
+        for item in items:
+            if {"records", "cubin", "candidates"} & set(getattr(item, "fixturenames", ())):
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Small tensors gain nothing from threads, and on a busy machine they wait for each other. Tests of threads ask."""

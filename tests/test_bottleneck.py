@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import adapters, dispatch, inference, ops, plan
+from resnet_fast import adapters, dispatch, guards, inference, ops
 from resnet_fast.dispatch import backend, use_backend
 from resnet_fast.functional import ConvBn
 from resnet_fast.models import Bottleneck, resnet50
@@ -275,7 +275,7 @@ def layers_of(block: nn.Module) -> tuple[list[ConvBn], dict[str, Any]]:
     """The block as fuse() sees it, and its shortcut."""
     found = adapters.look(block, type(block))
     assert isinstance(found, resnet_fast.BlockPlan)
-    layers, projection = plan._collect(block, found)
+    layers, projection = guards.collect(block, found)
     return layers, {"projection": projection, "identity": found.shortcut == "identity"}
 
 

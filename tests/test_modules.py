@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fast import BasicBlock, Bottleneck, ConvBnAct2d, Stem
-from resnet_fast.plan import why_not_now
+from resnet_fast.guards import why_not_now
 from tests import libraries
 from tests.tolerance import DTYPES, assert_close, name_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import dispatch, plan
+from resnet_fast import dispatch, guards
 from resnet_fast.fuse import blocks
 from resnet_fast.models import BasicBlock
 from resnet_fast.tables import Candidate, Row
@@ -23,7 +23,7 @@ X, MACS = (2, 16, 8, 8), 2 * 9 * 16 * 16 * 2 * 8 * 8
 @pytest.fixture
 def block(monkeypatch: pytest.MonkeyPatch) -> BasicBlock:
     """With as many multiply-adds as fusing needs by the rule, less one."""
-    monkeypatch.setattr(plan, "_worth", (MACS + 1) / torch.get_num_threads())
+    monkeypatch.setattr(guards, "_worth", (MACS + 1) / torch.get_num_threads())
     return BasicBlock(16, 16).to(memory_format=torch.channels_last)
 
 
@@ -74,7 +74,7 @@ def test_what_was_asked_for_is_done(block: BasicBlock) -> None:
     step(pinned, torch.randn(X))
     assert ran_fused(pinned)
     resnet_fast.fuse(block)
-    with plan.any_size():
+    with guards.any_size():
         step(block, torch.randn(X))
     assert ran_fused(block)
 
@@ -84,7 +84,7 @@ def test_what_was_measured_comes_first(block: BasicBlock, fastest: str) -> None:
     resnet_fast.fuse(block)
     x = torch.randn(X)
     ((_, _, blocks_plan, _),) = blocks(block)
-    signature = plan.block_signature(x, *plan.collect(block, blocks_plan), blocks_plan, False)
+    signature = guards.block_signature(x, *guards.collect(block, blocks_plan), blocks_plan, False)
     assert signature is not None
     candidates = [Candidate("fused", None, 1.0), Candidate("original", None, 2.0)]
     if fastest == "original":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from tests.tools import FUSED, assert_same_state, fused_rows, images, loss_of, near, pair
 
@@ -22,6 +22,7 @@ needs_gloo = pytest.mark.skipif(
 
 def two_ranks(case: str, folder: Path) -> list[Any]:
     """Of each rank: what plain and fused left behind."""
+    folder.mkdir(exist_ok=True)
     file = folder / "meeting"
     command = [sys.executable, "-W", "ignore", "-m", "tests.tools_worker"]
     ranks = [
@@ -34,6 +35,12 @@ def two_ranks(case: str, folder: Path) -> list[Any]:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
     return [torch.load(f"{file}.{r}") for r in (0, 1)]
+
+
+def mean_error(tensors: list[Tensor], refs: list[Tensor]) -> float:
+    """The mean over tensors of their error's norm beside the reference's."""
+    errors = [((t - ref).norm() / (ref.norm() + 1e-12)).item() for t, ref in zip(tensors, refs, strict=True)]
+    return sum(errors) / len(errors)
 
 
 @needs_gloo
@@ -49,17 +56,19 @@ def test_two_processes(case: str, tmp_path: Path) -> None:
         assert ours.pop("rows") == FUSED, f"rank {rank}: not fused inside"
         assert ours.keys() == plain.keys()
         for name, value in plain.items():
-            what = f"rank {rank}, {name}"
-            if case == "fsdp_mixed":
-                scale = value.abs().max().item()
-                torch.testing.assert_close(
-                    ours[name], value, rtol=0.1, atol=0.1 * scale + 0.02, msg=lambda m, what=what: f"{what}: {m}"
-                )
-            else:
-                near(ours[name], value, what)
+            if case != "fsdp_mixed":
+                near(ours[name], value, f"rank {rank}, {name}")
     for name, value in answers[0][1].items():
         if name.startswith(("grad", "parameter")):
             assert torch.equal(value, answers[1][1][name]), f"{name} differs between ranks"
+    if case == "fsdp_mixed":  # a network of batch norms in bfloat16 is far from float32's, ours no farther than torch's
+        full = two_ranks("fsdp", tmp_path / "full")[0][0]
+        plain, ours = answers[0]
+        for kind in ("grad", "parameter", "buffer", "first"):
+            names = [name for name in full if name.startswith(kind) and full[name].is_floating_point()]
+            assert names
+            theirs, mine = (mean_error([t[n] for n in names], [full[n] for n in names]) for t in (plain, ours))
+            assert mine <= 1.5 * theirs + 1e-3, f"{kind}: error {mine:.3g}, torch's own {theirs:.3g}"
 
 
 def test_data_parallel_on_the_cpu() -> None:

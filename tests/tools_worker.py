@@ -43,6 +43,8 @@ def wrapped(case: str, model: nn.Module) -> nn.Module:
     policy: dict[str, Any] = {}
     if case == "fsdp_mixed":
         policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for b in model.buffers():  # torch's batch norm has no bfloat16 parameters beside float32 statistics on a CPU
+            b.data = b.data.to(torch.bfloat16) if b.is_floating_point() else b.data
     if case == "fsdp_no_reshard":
         policy["reshard_after_forward"] = False
     for stage in (model.layer1, model.layer2):  # type: ignore[union-attr]

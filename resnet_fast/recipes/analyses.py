@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast.commands import CommandError
 from resnet_fast.commands.progress import Progress
-from resnet_fast.plan import any_size
+from resnet_fast.guards import any_size
 
 from . import checkpoint, definitions, networks, training
 from .data import Data, Images

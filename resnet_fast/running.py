@@ -1,0 +1,236 @@
+"""The fused forward of a block or a part of one, the stage as a program, and a part unfused."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional as f
+from .dispatch import forced_backend, measured_blocks, use_backend
+from .folding import FoldCache, Folded, Program, arithmetic, cast, folded_block
+from .guards import (
+    DTYPES,
+    POOL,
+    block_signature,
+    check_context,
+    check_given,
+    check_input,
+    check_summand,
+    faster_unfused,
+    global_hook,
+    look,
+    needs_grad,
+    pool_of,
+    pools,
+    relu_of,
+    transformed,
+)
+from .inference import fused_block
+from .plan import BlockPlan, ConvBnPath, Join, Opaque, Refusal, find
+from .watch import Watch
+
+__all__ = [
+    "Handed",
+    "narrow",
+    "program",
+    "run",
+    "run_join",
+    "run_unfused",
+    "stage_situation",
+]
+
+
+class Handed(NamedTuple):
+    """What goes along with a tensor from block to block inside a stage, where nobody else can hold it.
+
+    ``disposable``: the block may write over its input. ``inside``: the output, too, goes to a block of the stage alone,
+    so it may stay in the dtype in which it was computed. ``dtype``: what the tensor stands for then. ``bound``: max|x|.
+    """
+
+    disposable: bool = False
+    inside: bool = False
+    dtype: torch.dtype | None = None
+    bound: float | None = None
+
+
+_OUTSIDE = Handed()
+
+
+def narrow(x: Any, handed: Handed) -> Any:
+    """``x`` in the dtype that it stands for."""
+    return x if handed.dtype is None else x.to(handed.dtype)
+
+
+def run(
+    module: nn.Module,
+    plan: BlockPlan,
+    x: Tensor,
+    cache: FoldCache,
+    backend: str | None = None,
+    handed: Handed = _OUTSIDE,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Handed]:
+    """The fused forward of ``module``; and what to hand on with z, for a stage. ``residual``: a "given" shortcut.
+
+    Raises Refusal, before anything was changed, where the original must run.
+    """
+    check_context()
+    if backend is None:
+        return _run(module, plan, x, cache, handed, residual)
+    with use_backend(backend):
+        return _run(module, plan, x, cache, handed, residual)
+
+
+def run_join(module: nn.Module, plan: Join, x: Any, residual: Any, backend: str | None = None) -> Tensor:
+    """relu(x + residual) in one pass. Raises Refusal, before anything was changed, where torch's own must run."""
+    check_context()
+    if not relu_of(module, plan.act):
+        raise Refusal(f"{plan.act} is no ReLU")
+    if type(x) is not Tensor or x.dim() != 4 or x.dtype not in DTYPES or x.device.type not in ("cpu", "cuda"):
+        raise Refusal("a sum is not of tensors (N, C, H, W) in float32, bfloat16, float16 on cpu and cuda")
+    check_summand(residual, x.dtype, x.device)
+    if x.shape != residual.shape:
+        raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {tuple(x.shape)}")
+    if backend is None:
+        return f.add_relu(x, residual)
+    with use_backend(backend):
+        return f.add_relu(x, residual)
+
+
+def _run(
+    module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed: Handed, residual: Tensor | None
+) -> tuple[Tensor, Handed]:
+    situation, folded = None, None
+    is_plain = type(x) is Tensor and x.device.type == "cpu" and not torch.is_grad_enabled()
+    if is_plain:
+        situation = _situation(module, x, handed)
+        folded = cache.recall(situation)
+    if folded is None:
+        seen = look(module, plan, cache)
+        layers, projection = seen.found
+        every = [*layers, projection] if projection else layers
+        check_input(x, every, handed.dtype)
+        if needs_grad(x, None, every):
+            pooled = pools(module, plan, layers)
+            signature = block_signature(x, layers, projection, plan, pooled) if measured_blocks(x.device) else None
+            reason = faster_unfused(x, signature, seen.macs)
+            if reason is not None:
+                raise Refusal(reason)
+    if isinstance(plan.shortcut, Opaque):
+        x, handed = narrow(x, handed), handed._replace(dtype=None)
+        residual = find(module, plan.shortcut.path)(x)
+    dtype = handed.dtype or x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if plan.shortcut == "given":
+        check_summand(residual, dtype, x.device)
+        if folded is None:
+            check_given(residual, x, layers)
+    given = folded is not None or not (any(la.batch_stats for la in every) or needs_grad(x, residual, every))
+    if folded is None and given:
+        wide = arithmetic(x.device, dtype, every, projection is not None)
+        folded = cache.get(x.device, wide, every, situation, Watch(module, plan.paths + plan.idle))
+    if folded is not None:
+        answer = _run_folded(plan, x, folded, residual, handed)
+        if answer is not None:
+            z, bound = answer
+            pool, _ = pool_of(module, plan)
+            if pool is not None:
+                z = pool(z)
+            if handed.inside:
+                return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
+            return cast(z, dtype), _OUTSIDE
+        layers, projection = look(module, plan, cache).found
+        if plan.shortcut == "given":
+            check_given(residual, x, layers)
+    x = narrow(x, handed)
+    identity = plan.shortcut == "identity"
+    pool, known = pool_of(module, plan)
+    known = known and layers[-1].relu
+    options: dict[str, Any] = {"projection": projection, "residual": residual, "identity": identity, "pool": known}
+    fused = fused_block(x, layers, **options) if given and x.device.type == "cuda" else None
+    z = f.residual_block(x, layers, **options) if fused is None else fused
+    return z if pool is None or known else pool(z), _OUTSIDE
+
+
+def program(stage: nn.Module, plans: list[BlockPlan], caches: list[FoldCache], x: Tensor) -> Program | None:
+    """The blocks of ``stage``, which have just run on ``x`` with nothing known of it, as one program; None where one of
+    them did not run folded, or must be called for its shortcut.
+    """
+    situation = stage_situation(stage, x)
+    if situation is None or any(isinstance(plan.shortcut, Opaque) or plan.pool for plan in plans):
+        return None
+    if not all(cache.is_folded for cache in caches):
+        return None
+    paths = [
+        f"{name}.{path}" for name, plan in zip(stage._modules, plans, strict=True) for path in plan.paths + plan.idle
+    ]
+    blocks = [
+        (cache, isinstance(plan.shortcut, ConvBnPath), plan.shortcut == "identity")
+        for cache, plan in zip(caches, plans, strict=True)
+    ]
+    return Program(blocks, situation, Watch(stage, paths))
+
+
+def stage_situation(stage: nn.Module, x: Any) -> tuple[Any, ...] | None:
+    """``_situation`` of a whole stage; None where it must not run as a program."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or transformed() or global_hook():
+        return None
+    return _situation(stage, x, _OUTSIDE)
+
+
+def _situation(module: nn.Module, x: Tensor, handed: Handed) -> tuple[Any, ...]:
+    """What, besides the submodules, decides whether and how a block runs folded. The batch and the size do not."""
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+    channels = x.shape[1] if x.dim() == 4 and x.numel() else 0
+    # A watch of the module keeps its __dict__ alive, so that no other module's can come to have the same id.
+    return id(module.__dict__), channels, handed.dtype or x.dtype, x.device, autocast, forced_backend()
+
+
+def _run_folded(
+    plan: BlockPlan, x: Tensor, folded: list[Folded], residual: Tensor | None, handed: Handed
+) -> tuple[Tensor, float] | None:
+    wide = folded[0].dtype
+    operand = cast(x, wide)
+    projection = isinstance(plan.shortcut, ConvBnPath)
+    return folded_block(
+        operand,
+        folded[: len(plan.layers)],
+        projection=folded[-1] if projection else None,
+        residual=None if residual is None else cast(residual, wide),
+        identity=plan.shortcut == "identity",
+        disposable=handed.disposable or operand is not x,
+        known=handed.bound,
+    )
+
+
+def run_unfused(module: nn.Module, plan: BlockPlan | Join, x: Tensor, residual: Any = None) -> Tensor:
+    """A part as its own modules would run it, one after the other."""
+
+    def act(path: str | bool, x: Tensor) -> Tensor:
+        if isinstance(path, bool):
+            return F.relu(x) if path else x
+        return x if (m := find(module, path)) is None else m(x)
+
+    def norm(layer: ConvBnPath, x: Tensor) -> Tensor:
+        x = find(module, layer.conv)(x)
+        return x if layer.bn.startswith(f"{layer.conv}.") else find(module, layer.bn)(x)
+
+    if isinstance(plan, Join):
+        return act(plan.act, x + residual)
+    side = x
+    for i, layer in enumerate(plan.layers):
+        x = norm(layer, x)
+        if i == len(plan.layers) - 1 and plan.shortcut is not None:
+            if isinstance(plan.shortcut, ConvBnPath):
+                residual = norm(plan.shortcut, side)
+            elif plan.shortcut != "given":
+                residual = side if plan.shortcut == "identity" else find(module, plan.shortcut.path)(side)  # type: ignore[union-attr]
+            x = x + residual
+        if not layer.has_inner_act:
+            x = act(layer.act, x)
+    pool = POOL if plan.pool is True else None if plan.pool is None else find(module, str(plan.pool))
+    return x if pool is None else pool(x)
