@@ -23,7 +23,7 @@ from .conv_common import Config, Geometry, grouped, halves, image, load_activati
 # operand of depth 64 spills in Triton 3.6.
 CONFIGS: dict[str, Config] = {
     "interpreted": Config(rows=256, columns=128, depth=16, warps=4, stages=1, per_sm=1),
-    "ieee": Config(rows=64, columns=32, depth=16, warps=4, stages=3, per_sm=2),  # 64 columns spill, in one case or other
+    "ieee": Config(rows=64, columns=32, depth=16, warps=4, stages=3, per_sm=2),  # 64 columns spill
     "tf32": Config(rows=64, columns=64, depth=32, warps=4, stages=3, per_sm=2),
     "odd": Config(rows=64, columns=64, depth=32, warps=8, stages=3, per_sm=1),
     "narrow_1x1": Config(rows=128, columns=64, depth=32, warps=4, stages=4, per_sm=2),
