@@ -231,6 +231,11 @@ void bind_cpu(py::module_ module) {
       },
       arg("addresses"), arg("nbytes"), arg("stride"));
 
+  define(
+      module, "huge_pages",
+      [](const Address& address, int64_t nbytes) { return cpu::huge_pages({address, nbytes}); },
+      arg("address"), arg("nbytes"));
+
   module.def(
       "openmp_info",
       [] {

@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_fast.dispatch import backend, choose, reasons, use_backend
 from resnet_fast.folding import FoldCache, Folded, arithmetic, cast, folded_block, magnitude
 from tests.blocks import KINDS, Block
-from tests.tolerance import DTYPES, assert_close, name_of, to_float64
+from tests.tolerance import DTYPES, assert_close, assert_same_bits, name_of, to_float64
 
 needs_folding = pytest.mark.skipif(
     reasons("bn_stats", torch.device("cpu"), torch.float32)["native"] is not None,
@@ -214,3 +214,19 @@ def test_magnitude(size: tuple[int, ...], dtype: torch.dtype) -> None:
             x = dense.clone(memory_format=torch.channels_last)
             x.permute(0, 2, 3, 1).reshape(-1)[place] = value
             assert magnitude(x) == (7.5 if abs(value) == 7.5 else 1e300)
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["strided", "onednn"])
+def test_huge_pages_change_no_value(opaque: bool) -> None:
+    from resnet_fast.backends import library
+
+    w = torch.randn(512, 2048, 1, 1)
+    t = w.clone()
+    if opaque:
+        if not torch.backends.mkldnn.is_available():
+            pytest.skip("this torch has no oneDNN")
+        t = torch.ops.mkldnn._reorder_convolution_weight(w, [0, 0], [1, 1], [1, 1], 1, [1, 2048, 7, 7])
+    done = library.huge_pages(t)
+    assert 0 <= done <= w.nbytes and done % 2**21 == 0
+    assert_same_bits(t.to_dense().view_as(w) if opaque else t, w)
+    assert library.huge_pages(torch.randn(1000)) == 0

@@ -17,6 +17,11 @@ from torch import Tensor
 from resnet_fast import buffers
 from resnet_fast.backends import winograd
 
+try:
+    from resnet_fast import _C
+except ImportError:  # built without it: pages stay as they are
+    _C = None  # type: ignore[assignment]
+
 CHANNELS_LAST = torch.channels_last
 
 
@@ -30,6 +35,24 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
         return dtype
     supported = "_is_amx_tile_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
     return dtype if getattr(torch.cpu, supported, lambda: False)() else torch.float32
+
+
+def huge_pages(t: Tensor) -> int:
+    """Ask for pages of 2 MB where ``t`` lies, a CPU tensor that is read again and again.
+
+    Returns the bytes that got them: 0 where no such page fits inside, or the system has none. Values stay as they are.
+
+    Folded weights leave the caches from one forward to the next, and each small page costs a miss of the TLB, too
+    (docs/conv.md, entry 25).
+    """
+    if _C is None or t.device.type != "cpu":
+        return 0
+    if not t.is_mkldnn:
+        return _C.cpu.huge_pages(address=t.data_ptr(), nbytes=t.nbytes)
+    ops = torch.ops.mkldnn
+    if not (hasattr(ops, "data_ptr") and hasattr(ops, "_nbytes")):
+        return 0
+    return _C.cpu.huge_pages(address=ops.data_ptr(t), nbytes=ops._nbytes(t))
 
 
 def _is_pointwise(w_size: list[int], padding: list[int], groups: int) -> bool:

@@ -78,8 +78,13 @@ def conv_affine_act_prepare(
     """
     geometry = (stride, padding, dilation, groups)
     if winograd.why_not(w.device, list(w.shape), input_size, *geometry, w.dtype) is None:
-        return winograd.weight(w, w.dtype)
-    return torch.ops.mkldnn._reorder_convolution_weight(w.contiguous(), padding, stride, dilation, groups, input_size)
+        prepared = winograd.weight(w, w.dtype)
+    else:
+        prepared = torch.ops.mkldnn._reorder_convolution_weight(
+            w.contiguous(), padding, stride, dilation, groups, input_size
+        )
+    library.huge_pages(prepared)
+    return prepared
 
 
 def _check(
