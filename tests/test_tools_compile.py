@@ -17,6 +17,7 @@ from tests.tools import FUSED, assert_same_state, fused_rows, images, loss_of, n
 
 def compiled(model: nn.Module, backend: str = "aot_eager") -> Any:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # reset() leaves what other tests have counted
     return torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
 
 
