@@ -577,8 +577,10 @@ class _Block(torch.autograd.Function):
             upstream = needs_x or any(any(n) for n in needs[:i])
             if not upstream and not any(needs[i]):
                 break
-            # An identity's gradient is g, which after the first layer's backward nobody needs.
-            residual = g if i == 0 and static.identity and needs_x and end > 0 and not needs_residual else None
+            # An identity's gradient is g, which after the first layer's backward nobody needs. Without a ReLU's mask it
+            # is the gradient that came in, which may be somebody else's, too.
+            own = kept is not None and not needs_residual
+            residual = g if i == 0 and static.identity and needs_x and end > 0 and own else None
             before = i - 1 if i else None
             dz, mask, sums = block.layer(i, dz, mask, sums, before, upstream, residual, index)
             index = None

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resnet_fast import dispatch, use_backend
 from resnet_fast import functional as f
-from resnet_fast.functional import LayoutWarning, conv_bn_act, residual_block
+from resnet_fast.functional import ConvBn, LayoutWarning, conv_bn_act, residual_block
 from tests.blocks import KINDS, Block, backward, check
 from tests.tolerance import DTYPES, name_of
 
@@ -367,3 +367,30 @@ def test_refusals() -> None:
         conv_bn_act(x[:, :5], layer)
     with pytest.raises((RuntimeError, ValueError)):
         residual_block(x, [layer], residual=x[:, :5])
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("shortcut", ["identity", "residual", "projection", "none"])
+def test_the_gradient_that_comes_in_is_not_written_to(relu: bool, kernel: int, shortcut: str) -> None:
+    """It may be another branch's, too, or the caller's: of a sum both summands get the same tensor."""
+    torch.manual_seed(0)
+
+    def layer(r: int, relu: bool) -> ConvBn:
+        vectors = torch.ones(64, requires_grad=True), torch.zeros(64, requires_grad=True)
+        w = torch.randn(64, 64, r, r).contiguous(memory_format=torch.channels_last).requires_grad_()
+        return ConvBn(w, *vectors, padding=(r // 2, r // 2), batch_stats=True, relu=relu)
+
+    x, residual = (torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    x.requires_grad_()
+    options: dict[str, Any] = {
+        "identity": {"identity": True},
+        "residual": {"residual": residual.requires_grad_()},
+        "projection": {"projection": layer(1, False)},
+        "none": {},
+    }[shortcut]
+    z = residual_block(x, [layer(kernel, True), layer(kernel, relu)], **options)
+    dz = torch.randn_like(z)
+    before = dz.clone()
+    z.backward(dz)
+    assert torch.equal(dz, before)
