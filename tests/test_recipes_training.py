@@ -403,33 +403,6 @@ def test_weights_of_another_network(trained: Path, tmp_path: Path, capsys: pytes
     assert "not in torchvision's ResNet layout" in capsys.readouterr().err
 
 
-# ---- many processes
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
-)
-def test_two_processes_with_synchronised_batch_norm_are_one(tmp_path: Path) -> None:
-    """torchrun, gloo, DistributedDataParallel: the same batches, augmentation and statistics as in one process."""
-    options = ["--iterations", "4", "--sync-bn", "--lr", "0.001"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [*torchrun, *command(tmp_path / "two", *options)[1:]],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("\nepoch 1 ") == 1 and "2 processes" in ran.stdout
-    assert train(tmp_path / "one", *options) == 0
-    two, one = (checkpoint.load(tmp_path / run / "last.pt") for run in ("two", "one"))
-    assert len(two["rng"]) == 2 and two["rows"][0]["train_loss"] == pytest.approx(
-        one["rows"][0]["train_loss"], rel=1e-4
-    )
-    for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, rtol=2e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
-
-
 # ---- fused training is the same training
 
 

@@ -167,8 +167,8 @@ def _fusion(args: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any
     digits = data.open_data("digits")
     photographs = data.open_data("synthetic", size=args.size or 64, samples=256)
     sets = []
-    for found, name, batch in ((digits, "cifar_resnet20", 128), (photographs, "resnet18", 16)):
-        for amp, lr, seeds in (("off", args.lr or 3e-4, 1), ("off", fast.lr, 2), ("bf16", fast.lr, 3)):
+    for found, name, batch, calm in ((digits, "cifar_resnet20", 128, 3e-4), (photographs, "resnet18", 16, 1e-5)):
+        for amp, lr, seeds in (("off", args.lr or calm, 1), ("off", fast.lr, 2), ("bf16", fast.lr, 3)):
             recipe = dataclasses.replace(fast, lr=lr, batch=args.batch or batch)
             sets.append(
                 {

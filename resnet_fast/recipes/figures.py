@@ -154,23 +154,33 @@ def gradients(title: str, nets: Sequence[Mapping[str, Any]], file: Path) -> None
 
 
 def losses(title: str, sets: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Loss by iteration, fused over plain, a panel for each of ``sets``; below, the relative difference.
+    """Loss by iteration, fused over plain, a panel for each of ``sets``; below, the relative difference to plain.
 
-    Each has "name", "plain" and "fused" (lists), and "others": further plain runs, of other seeds.
+    Each has "name", "plain", "fused" and "layout" (lists; the last is plain in the other memory layout), and "others":
+    further plain runs, of other seeds.
     """
-    plt, figure, panels = _figure(len(sets), 2, 3.0)
-    for top, bottom, s in zip(panels[: len(sets)], panels[len(sets) :], sets, strict=True):
+    columns = 3
+    rows = -(-len(sets) // columns)
+    plt, figure, panels = _figure(columns, 2 * rows, 2.8)
+    for i, s in enumerate(sets):
+        top = panels[2 * columns * (i // columns) + i % columns]
+        bottom = panels[2 * columns * (i // columns) + columns + i % columns]
         steps = range(1, len(s["plain"]) + 1)
-        for i, other in enumerate(s["others"]):
-            top.plot(steps, other, color="#cccccc", lw=1, label="plain, other seeds" if i == 0 else None)
+        for j, other in enumerate(s["others"]):
+            top.plot(steps, other, color="#cccccc", lw=1, label="plain, other seeds" if j == 0 else None)
         top.plot(steps, s["plain"], color="#56b4e9", lw=3, label="plain")
         top.plot(steps, s["fused"], color="#d55e00", lw=1.2, label="fused")
         top.set_title(s["name"], fontsize=10)
         top.set_ylabel("loss")
         top.legend(frameon=False, fontsize=8)
-        difference = [max(abs(f - p) / p, 1e-9) for f, p in zip(s["fused"], s["plain"], strict=True)]
-        bottom.semilogy(steps, difference, color="#d55e00")
+        for key, colour, label in (("layout", "#999999", "plain in NCHW"), ("fused", "#d55e00", "fused")):
+            difference = [max(abs(f - p) / p, 1e-9) for f, p in zip(s[key], s["plain"], strict=True)]
+            bottom.semilogy(steps, difference, color=colour, lw=1.2, label=label)
         bottom.axhline(1e-3, color="#888888", lw=1, ls=":")
-        bottom.set_ylabel("|fused - plain| / plain")
+        bottom.set_ylabel("difference / plain loss")
         bottom.set_xlabel("iteration")
+        bottom.legend(frameon=False, fontsize=8, loc="lower right")
+    for unused in range(len(sets), rows * columns):
+        for row in (2 * (unused // columns), 2 * (unused // columns) + 1):
+            panels[columns * row + unused % columns].set_axis_off()
     _save(plt, figure, title, file)
