@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_act import finish_sums
 from .common import affine, channels, launch, where_active
 from .conv_common import (
     Config,
@@ -27,6 +26,7 @@ from .conv_common import (
     plain_tile,
     precision,
 )
+from .reduce import finish_sums
 
 # rows: pixels of dx; columns: channels of dx (C); depth: channels of dy (K). A lazy gradient has two tiles to load per
 # step where a plain one has one, and both in fp32 at once: half the depth, for the same registers.
