@@ -85,6 +85,7 @@ class Op:
         self.name: str = definition.__name__
         self.definition = definition
         self.signature = inspect.signature(definition)
+        self.lead = next(iter(self.signature.parameters))  # its device and dtype decide who runs the op
         self.schema: str = torch.library.infer_schema(definition, mutates_args=())
         _LIBRARY.define(self.name + self.schema)
         # CompositeExplicitAutograd: one implementation for every device. The device is looked at in choose().
@@ -98,7 +99,7 @@ class Op:
         return self._overload(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        lead: Tensor = args[0]
+        lead: Tensor = args[0] if args else kwargs[self.lead]
         choice = tuned(self.name, *args, **kwargs) if self.name in SIGNATURES else None
         function = (choice or choose(self.name, lead.device, lead.dtype)).function
         if torch.is_autocast_enabled(lead.device.type):
@@ -393,7 +394,7 @@ def forget(device: torch.device | None = None) -> None:
 
 def tuned(op_name: str, *args: Any, **kwargs: Any) -> Choice | None:
     """The fastest way to run this call, if it was measured; never under ``use_backend``, which asks for another."""
-    device = (args[0] if args else next(iter(kwargs.values()))).device
+    device = (args[0] if args else kwargs[OPS[op_name].lead]).device
     choices = (_tables.get(device) or table(device)).choices
     if not choices or _forced.get() is not None:
         return None

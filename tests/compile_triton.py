@@ -33,10 +33,12 @@ SHAPES = {
     "masked": (Case("masked", 1, 64, 14, 14, 70, 1, 1, 0), DTYPES),
     "single": (Case("single", 1, 64, 14, 14, 1, 1, 1, 0), (torch.float16,)),
 }
-#: Convolutions: one shape for every row of their tables of tiles, and one with channels off every block.
+#: Convolutions: one shape for every row of their tables of tiles and every kind of layer in ResNets, which differ in
+#: filter, stride, and whether channels fit into a narrow tile (64); and one with channels off every block.
 CONV_SHAPES = {
     "1x1": (Case("1x1", 1, 256, 14, 14, 64, 1, 1, 0), DTYPES),
     "1x1_expand": (Case("1x1_expand", 1, 64, 14, 14, 256, 1, 1, 0), (torch.bfloat16,)),
+    "1x1_first": (Case("1x1_first", 1, 64, 14, 14, 64, 1, 1, 0), (torch.bfloat16,)),
     "1x1_2": (Case("1x1_2", 1, 256, 14, 14, 512, 1, 2, 0), (torch.bfloat16,)),
     "3x3": (Case("3x3", 1, 64, 14, 14, 64, 3, 1, 1), (torch.bfloat16,)),
     "3x3_2": (Case("3x3_2", 1, 128, 14, 14, 128, 3, 2, 1), DTYPES),

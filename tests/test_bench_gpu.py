@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ import torch
 from benchmarks import check_gpu, compare, parts, reduced, suite
 from benchmarks.parts import Item, Settings
 from benchmarks.rounds import Timer
+from resnet_fast import dispatch
 from resnet_fast.commands import timing
+from tests import cases
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -289,6 +292,28 @@ def test_the_reduced_table_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert reduced.main(["--device", "cpu", "--seconds", "1.5"]) == 0
     out = capsys.readouterr().out
     assert "native bn_stats plain" in out and ", 0 raised" in out
+
+
+def test_the_reduced_table_begins_with_every_kernel_of_tritons() -> None:
+    """Those too that nothing but a table of measurements would choose: a sanitizer sees all, however short its time."""
+    pytest.importorskip("triton")
+    from resnet_fast.backends.triton import common
+
+    if not common.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1: launches are recorded on CPU tensors")
+    sources = (ROOT / "resnet_fast" / "backends" / "triton").glob("*.py")
+    kernels = {name for file in sources for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)}
+    by_name = {case.name: case for case in cases.TINY}
+    soon = [
+        row for row in reduced.table() if row[0] == reduced.CASES[0] and row[2] == next(iter(cases.VARIANTS[row[1]]))
+    ]
+    assert reduced.table()[: len(soon)] == soon
+    with common.recorded() as launches, torch.no_grad():
+        for case, op, variant, dtype, name in soon:
+            if name == "triton" and dtype == torch.float32 and hasattr(dispatch.backend(name), op):
+                for _, call in reduced.ways(name, op, cases.inputs(op, by_name[case], variant=variant)):
+                    call()
+    assert {launch.kernel.fn.__name__ for launch in launches} == kernels and len(kernels) > 15
 
 
 # ---- make bench-check

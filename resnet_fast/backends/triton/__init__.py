@@ -1,8 +1,8 @@
 """Our own Triton kernels: what serves a GPU for which ``resnet_fast._C`` has no code, and tests without any GPU.
 
-Files are named by rows of ops (bn_act, stem, conv), where they grew by direction; common.py and reduce.py are what
-they share. Triton is imported with this package, so not before a
-backend is chosen for the first time. Not yet run on a GPU.
+Files are named by rows of ops (bn_act, stem, conv) and, where these grew, by direction; common.py and reduce.py have
+what they share. Triton is imported with this package, so not before a backend is chosen for the first time. Not yet run
+on a GPU.
 """
 
 from __future__ import annotations
