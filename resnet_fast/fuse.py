@@ -423,6 +423,9 @@ class Explanation(list[Row]):
         counts = {s: sum(row.status == s for row in self) for s in ("fused", "partly", "not")}
         head = "fused" if self.swapped else "would be fused (call fuse(model))"
         title = f"{counts['fused']} {head}, {counts['partly']} partly, {counts['not']} not"
+        lost = sum(any(s.direction == "block" and s.runs == "original" for s in row.steps) for row in self)
+        if lost:  # in inference they run fused
+            title += f"; in training at this size {lost} run as they were, which is faster"
         if not self:
             return "nothing to fuse: no convolution, batch norm or block that an adapter knows"
         head_line, *lines = _aligned(
