@@ -19,11 +19,11 @@ Record = dict[str, Any]
 _COLOURS = {
     "eager": "#bbbbbb", "channels_last": "#777777", "compile": "#56b4e9", "compile_max": "#0072b2",
     "resnet_fast": "#d55e00", "native": "#d55e00", "triton": "#e69f00", "onednn": "#cc79a7", "cudnn": "#009e73",
-    "cudnn-frontend": "#0072b2",
+    "cudnn-frontend": "#0072b2", "resnet_fast_triton": "#e69f00",
 }  # fmt: skip
 _LABELS = {
     "eager": "eager, NCHW", "channels_last": "eager, channels_last", "compile": "torch.compile",
-    "compile_max": "torch.compile, max-autotune",
+    "compile_max": "torch.compile, max-autotune", "resnet_fast_triton": "resnet_fast, Triton alone",
 }  # fmt: skip
 _OPS = {
     "conv_stats": "convolution + statistics", "conv_backward": "both gradients of a convolution",

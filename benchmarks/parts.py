@@ -284,6 +284,7 @@ GROUPS = {
     "eager": (*_PLAIN, *_GRAPHS),
     "plain": _PLAIN,
     "compile": ("channels_last", "compile", f"compile{timing.GRAPH}", "resnet_fast"),
+    "triton": ("channels_last", "resnet_fast", "resnet_fast_triton", f"resnet_fast_triton{timing.GRAPH}"),
     "max-autotune": ("channels_last", "compile_max", f"compile_max{timing.GRAPH}", "resnet_fast"),
 }
 
@@ -296,7 +297,7 @@ def _networks(settings: Settings, mode: str) -> list[Network]:
     if settings.device.type == "cpu":
         return [Network("resnet50", n, first, "plain") for n in ((1, 4) if mode == "training" else (1, 4, 16))]
     half = 2 if mode == "training" else 1
-    found = [Network("resnet50", 256 // half, first, group) for group in ("eager", "compile")]
+    found = [Network("resnet50", 256 // half, first, group) for group in ("eager", "compile", "triton")]
     found += [Network("resnet50", batch // half, first, "eager") for batch in (64, 512, 16)]
     found += [Network("resnet18", 512 // half, first, "eager"), Network("resnet101", 256 // half, first, "eager")]
     found += [Network("resnet50", 256 // half, dtype, "eager") for dtype in others]

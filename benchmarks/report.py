@@ -131,7 +131,9 @@ def _suite_table(result: dict[str, Any]) -> list[str]:
     if not settings:
         return []
     order = [
-        n + end for n in ("eager", "channels_last", "compile", "compile_max", "resnet_fast") for end in ("", GRAPH)
+        n + end
+        for n in ("eager", "channels_last", "compile", "compile_max", "resnet_fast", "resnet_fast_triton")
+        for end in ("", GRAPH)
     ]
     names = [n for n in order if any(n in row for row in settings.values())]
     lines = [

@@ -137,8 +137,9 @@ def contender(
 ) -> Contender:
     """One of ``contenders`` by its name, on a copy of ``model``; "resnet_fast" is what ``fuse`` makes of it.
 
-    "compile_max" besides: torch.compile(mode="max-autotune-no-cudagraphs"). Behind any name "+graph": the whole call
-    replayed as a CUDA graph, recorded at the first call.
+    "compile_max" besides: torch.compile(mode="max-autotune-no-cudagraphs"). "resnet_fast_triton": on Triton's kernels
+    alone, which come behind the library's convolutions where no table of measurements says otherwise. Behind any name
+    "+graph": the whole call replayed as a CUDA graph, recorded at the first call.
     """
     kind = name.removesuffix(GRAPH)
     training = setting.mode == "training"
@@ -151,6 +152,8 @@ def contender(
         forward = torch.compile(own, dynamic=False, **_COMPILE[kind])
     elif kind == "resnet_fast":
         forward = fuse(own)
+    elif kind == "resnet_fast_triton":
+        forward = resnet_fast.fuse(own, backend="triton")
     call = _step(own, forward, inputs, setting) if training else _bind(forward, inputs)
     return Contender(name, _Graph(call) if name.endswith(GRAPH) else call)
 
