@@ -159,7 +159,9 @@ class Run(NamedTuple):
 
 
 #: 200 steps of ResNet-50 with a warm-up of the learning rate; and the same in small.
-ON_GPU = Run(lambda: resnet50(num_classes=10), "cuda", torch.bfloat16, 10, 64, 96, 200, 0.05, 20)
+ON_GPU = Run(
+    lambda: resnet50(num_classes=10, zero_init_residual=True), "cuda", torch.bfloat16, 10, 64, 96, 200, 0.02, 20
+)
 IN_SMALL = Run(lambda: cifar_resnet20(num_classes=4), "cpu", torch.float32, 4, 16, 16, 16, 0.05, 4)
 
 
@@ -177,7 +179,7 @@ def curve(how: Run, seed: int, backend: str | None, fused: bool) -> Tensor:
         optimizer.param_groups[0]["lr"] = how.lr * min(1.0, (i + 1) / (0.2 * how.steps))
         target = torch.randint(how.classes, (how.batch,), generator=generator).to(how.device)
         noise = torch.randn(how.batch, 3, how.size, how.size, generator=generator).to(how.device)
-        x = (prototypes[target] + 2 * noise).contiguous(memory_format=torch.channels_last)
+        x = (prototypes[target] + noise).contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(how.device, how.dtype, enabled=how.dtype != torch.float32):
             loss = F.cross_entropy(model(x).float(), target)

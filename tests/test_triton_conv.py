@@ -353,3 +353,16 @@ def test_candidates_neither_spill_nor_wait(candidates: list[Record]) -> None:
             if "R" in r["constants"]
         }
         assert len(kinds) == 3 * len(SHARED) * 4
+
+
+def test_candidates_that_spill_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dgrad of 3x3, masked and added to: one tile is left out there, and only there."""
+    for module in (POINTWISE, DESCRIPTOR, importlib.import_module("resnet_fast.backends.triton.conv_common")):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+    tile = list(DGRAD.CONFIGS["narrow_1x1"])
+    for name in ("s1_3x3", "s1_expand_1x1", "s2_3x3"):
+        case = next(case for case in RESNET50 if case.name == name)
+        for variant in ("masked", "residual", "masked_residual"):
+            kwargs = inputs("conv_backward", case, torch.bfloat16, variant=variant)
+            found = conv_ways.configurations("conv_backward", **kwargs)[1]["dgrad"]
+            assert (tile in found) == (case.R == 1 or variant != "masked_residual") and ["written", *tile] in found

@@ -49,9 +49,11 @@ def config(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> Config:
     return CONFIGS[plain_tile(geometry, dtype) or ("wide_lazy" if lazy else "wide")]
 
 
-def options(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> list[Config]:
-    """The tiles that may serve this shape, the usual one first."""
+def options(geometry: Geometry, dtype: torch.dtype, lazy: bool, crowded: bool = False) -> list[Config]:
+    """The tiles that may serve this shape, the usual one first. ``crowded``: with a mask before and a sum behind."""
     names = ["narrow_1x1", "narrow_3x3", *(["wide_lazy", *([] if lazy else ["wide"])] if geometry.C > 64 else [])]
+    if crowded and geometry.R == 3:
+        names.remove("narrow_1x1")  # 16 bytes of spills on sm_90
     return options_of(CONFIGS, names, geometry, dtype, config(geometry, dtype, lazy))
 
 
