@@ -160,7 +160,7 @@ class Run(NamedTuple):
 
 #: 200 steps of ResNet-50 with a warm-up of the learning rate; and the same in small.
 ON_GPU = Run(
-    lambda: resnet50(num_classes=10, zero_init_residual=True), "cuda", torch.bfloat16, 10, 64, 96, 200, 0.02, 20
+    lambda: resnet50(num_classes=10, zero_init_residual=True), "cuda", torch.bfloat16, 10, 64, 96, 200, 0.01, 20
 )
 IN_SMALL = Run(lambda: cifar_resnet20(num_classes=4), "cpu", torch.float32, 4, 16, 16, 16, 0.05, 4)
 
