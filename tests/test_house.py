@@ -47,6 +47,7 @@ FLOORS = {
     "capture": 3,
     "adapters": 4,
     "fuse": 4,
+    "swap": 4,
     "tuning": 4,
     "models": 4,
     "recipes": 5,
@@ -71,6 +72,7 @@ SIDEWAYS = {
     ("schedule", "guards"),
     ("schedule", "plan"),
     ("fuse", "adapters"),
+    ("fuse", "swap"),
     ("tuning", "fuse"),
     ("recipes", "commands"),  # their errors, progress, plots
     ("commands", "recipes"),  # train, evaluate, analyze
