@@ -12,7 +12,7 @@ import contextlib
 import copy
 import copyreg
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .folding import FoldCache, Program
 from .plan import BlockPlan, HostPlan, Join, Refusal
-from .running import Handed, narrow, program, run, run_join, run_unfused, stage_situation
+from .running import Handed, narrow, program, run, run_join, run_program, run_unfused, stage_situation
 
 __all__ = [
     "KEY",
@@ -72,22 +72,12 @@ def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             raise Refusal("called with further arguments")
         if isinstance(plan, BlockPlan):
             z, on = run(self, plan, x, state.caches[0], state.backend, handed)
-            if handed.inside:
-                setattr(z, _HANDED, on)
-            return z
-
-        def part(i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-            nonlocal refusal
-            what = plan.parts[i]
-            try:
-                if isinstance(what, Join):
-                    return run_join(self, what, x, residual, state.backend)
-                return run(self, what, x, state.caches[i], state.backend, residual=residual)[0]
-            except Refusal as error:
-                refusal = str(error)
-            return run_unfused(self, what, x, residual)
-
-        return plan.forward(self, x, part)
+            return _handing(z, on, handed.inside)
+        part = _Parts(self, state, handed)
+        try:
+            return plan.forward(self, x, part)
+        finally:
+            refusal = part.refusal
     except Refusal as error:
         refusal = str(error)
     finally:
@@ -95,6 +85,34 @@ def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             state.refusal = refusal
     original = type(self)._resnet_fast_original
     return getattr(original, _method(plan))(self, narrow(x, handed), *args, **kwargs)
+
+
+class _Parts:
+    """One call of a module with a :class:`HostPlan`: what its text calls in place of its parts."""
+
+    __slots__ = ("_module", "_state", "handed", "refusal")
+
+    def __init__(self, module: nn.Module, state: State, handed: Handed) -> None:
+        self._module, self._state, self.handed = module, state, handed
+        self.refusal: str | None = None  # the last part's
+
+    def __call__(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._run(i, x, residual, _NOTHING)[0]
+
+    def _run(self, i: int, x: Tensor, residual: Tensor | None, handed: Handed) -> tuple[Tensor, Handed]:
+        what, state = parts(self._state.plan)[i], self._state
+        try:
+            if isinstance(what, Join):
+                return run_join(self._module, what, x, residual, state.backend), _NOTHING
+            return run(self._module, what, x, state.caches[i], state.backend, handed, residual)
+        except Refusal as error:
+            self.refusal = str(error)
+        return run_unfused(self._module, what, x, residual), _NOTHING
+
+    def chain(self, i: int, x: Tensor, *modules: Any) -> Any:
+        """Part ``i`` of x, then ``modules``, one after the other: what is known of a tensor goes along with it."""
+        z, handed = self._run(i, x, None, Handed(inside=_hands_on(modules[0])))
+        return _in_turn(modules, z, handed, False)[0]
 
 
 def _method(plan: BlockPlan | HostPlan) -> str:
@@ -179,7 +197,7 @@ def state_of(module: nn.Module) -> State | None:
 
 # ---- stages -----------------------------------------------------------------------------------------------------
 
-#: The attribute of a tensor under which a stage and its blocks tell each other what they know of it.
+#: The attribute of a tensor under which hosts, stages and blocks tell each other what they know of it.
 _HANDED = "_resnet_fast_handed"
 _NOTHING = Handed()
 
@@ -189,42 +207,64 @@ def _taken(x: Any) -> Handed:
     return vars(x).pop(_HANDED, _NOTHING) if type(x) is Tensor else _NOTHING  # at once: threads may share x
 
 
-def _hands_on(block: Any) -> bool:
-    """Nothing but the stage can hold what this block returns, or is called with."""
-    hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
-    return state_of(block) is not None and not hooks and "forward" not in block.__dict__
+def _hands_on(module: Any) -> bool:
+    """A fused block or stage that is called past hooks: nobody but the caller can hold what it gets and returns."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    state = state_of(module)
+    return (
+        state is not None
+        and (isinstance(state.plan, BlockPlan) or state.plan is STAGE)
+        and not hooks
+        and "forward" not in module.__dict__
+    )
 
 
-def _forward_stage(stage: Any, x: Any, part: Any) -> Any:
-    """nn.Sequential.forward, in which a block's output, once the next block has it, is that block's to overwrite.
+def _in_turn(modules: Sequence[Any], x: Any, handed: Handed, inside: bool) -> tuple[Any, Handed]:
+    """``modules`` one after the other, from an ``x`` of which ``handed`` is known; and what is known of the output.
 
-    In inference on folded weights, from the second call on, the blocks run as one program.
+    ``inside``: whoever reads the output takes that into account.
+
+    A module's output, once the next one has it, is that one's to overwrite.
     """
-    state: State = stage.__dict__[KEY]
-    situation = stage_situation(stage, x)
-    if state.program is not None and situation is not None and _HANDED not in vars(x):
-        if state.program.holds(situation):
-            z = state.program(x)
-            if z is not None:
-                return z
-        else:
-            state.program = None
-    blocks = list(stage)
-    first = x
-    tight = [_hands_on(block) for block in blocks] + [False]
-    for i, block in enumerate(blocks):
-        handed = _taken(x)
+    tight = [*map(_hands_on, modules), inside]
+    for i, module in enumerate(modules):
         if not tight[i]:
             x = narrow(x, handed)
         elif type(x) is Tensor:
-            setattr(x, _HANDED, handed._replace(disposable=i > 0 and tight[i - 1], inside=tight[i + 1]))
-        x = block(x)
-    if state.program is None and situation is not None and all(tight[:-1]):
+            disposable = tight[i - 1] if i else handed.disposable
+            setattr(x, _HANDED, handed._replace(disposable=disposable, inside=tight[i + 1]))
+        x = module(x)
+        handed = _taken(x)
+    return x, handed
+
+
+def _forward_stage(stage: Any, x: Any, part: Any) -> Any:
+    """nn.Sequential.forward; in inference on folded weights, from the second call on, the blocks run as one program."""
+    state: State = stage.__dict__[KEY]
+    handed: Handed = part.handed
+    situation, ready = stage_situation(stage, x, handed), state.program  # threads may share the stage
+    if ready is not None and situation is not None:
+        if ready.holds(situation):
+            answer = run_program(ready, x, handed)
+            if answer is not None:
+                return _handing(*answer, handed.inside)
+        else:
+            state.program = ready = None
+    blocks = list(stage)
+    x, on = _in_turn(blocks, x, handed, handed.inside)
+    if ready is None and situation is not None and all(map(_hands_on, blocks)):
         states: list[State] = [block.__dict__[KEY] for block in blocks]
         if all(s.refusal is None and s.backend is None for s in states):
             plans: Any = [s.plan for s in states]
-            state.program = program(stage, plans, [s.caches[0] for s in states], first)
-    return x
+            state.program = program(stage, plans, [s.caches[0] for s in states], situation)
+    return _handing(x, on, handed.inside)
+
+
+def _handing(z: Any, on: Handed, inside: bool) -> Any:
+    """``z`` with what is known of it, for a reader inside."""
+    if inside and type(z) is Tensor:
+        setattr(z, _HANDED, on)
+    return z
 
 
 #: A Sequential of fused blocks. In inference, where the shortcut is the identity, z is written over x: that saves
