@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .dispatch import forced_backend, fused_sums, hook, tuned, use_backend
+from .dispatch import direct, forced_backend, fused_sums, hook, tuned, use_backend
 
 __all__ = [
     "AddRelu",
     "Block",
     "ConvBn",
+    "Moves",
     "Static",
     "forward_block",
     "layer_tensors",
@@ -123,6 +124,20 @@ def update_running(layers: Sequence[ConvBn], statistics: Sequence[Tensor], empty
             buffer.copy_(buffer.to(value.dtype).lerp_(value, factor))
 
 
+def _moved(moves: Moves | None, x: Tensor, statistics: list[Tensor]) -> bool:
+    """``update_running`` in one native call; False, and nothing is done, where it must go its own way."""
+    update = None if moves is None or x.numel() == 0 else hook("bn_stats", "update", x.device, x.dtype)
+    return update is not None and moves is not None and update(moves[0], statistics, *moves[1:])
+
+
+class Moves(NamedTuple):
+    """The running statistics of layers that all have one momentum: mean, var, mean, ...; and their counters."""
+
+    buffers: list[Tensor]
+    momentum: float
+    counters: list[Tensor]
+
+
 class Static(NamedTuple):
     """What the block's Function must know besides its tensors. One entry per layer, the projection last."""
 
@@ -135,6 +150,7 @@ class Static(NamedTuple):
     identity: bool  # the residual is x itself
     pool: bool  # the 3x3/2 max-pool follows
     running: Sequence[ConvBn] | None = None  # whose running statistics the forward updates; None: its caller does
+    moves: Moves | None = None  # what that comes to, where it is known beforehand
 
     def conv(self, i: int) -> tuple[list[int], list[int], list[int], int]:
         """Trailing arguments of layer i's convolution ops."""
@@ -161,17 +177,16 @@ class _Layer(NamedTuple):
     shift: Tensor
     total: Tensor | None = None  # (), values per channel over all ranks, where the statistics are theirs
 
-    def operand(self, relu: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def operand(self, relu: bool, run: Any = ops) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The activation as a convolution takes it: lazy where it can be, else written out."""
         if relu:
             return self.y, self.scale, self.shift
-        return ops.affine_act(self.y, self.scale, self.shift, relu=False), None, None
+        return run.affine_act(self.y, self.scale, self.shift, relu=False), None, None
 
 
 def _values(y: Tensor) -> int:
     """Values per channel of y (N, K, P, Q)."""
-    n, _, p, q = y.shape
-    return n * p * q
+    return y.numel() // y.shape[1] if y.shape[1] else 0
 
 
 def _gather(group: Any, n: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,25 +205,32 @@ def _gather(group: Any, n: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tens
 
 
 def _forward_layer(
-    static: Static, i: int, operand: tuple[Tensor, Tensor | None, Tensor | None], tensors: Sequence[Tensor | None]
+    run: Any,
+    static: Static,
+    i: int,
+    operand: tuple[Tensor, Tensor | None, Tensor | None],
+    tensors: Sequence[Tensor | None],
 ) -> tuple[_Layer, tuple[Tensor, Tensor]]:
-    """y = conv(operand) and the affine that its statistics make. Returns the layer, and mean and unbiased var."""
+    """y = conv(operand) and the affine that its statistics make. Returns the layer, and mean and unbiased var.
+
+    ``run``: the ops, or what they come to (``dispatch.direct``).
+    """
     w, gamma, beta, mean, var = tensors[_PER_LAYER * i : _PER_LAYER * (i + 1)]
     assert w is not None
     x, *lazy = operand
     if not static.batch_stats[i]:
         assert mean is not None and var is not None
         if lazy[0] is not None:
-            x = ops.affine_act(x, *lazy)
+            x = run.affine_act(x, *lazy)
         y = F.conv2d(x, w, None, *static.conv(i)).contiguous(memory_format=torch.channels_last)
         nothing = mean.new_empty(0), var.new_empty(0)
         return _Layer(w, y, mean, *scale_shift(mean, var, gamma, beta, static.eps[i])), nothing
     norm = gamma, beta, static.eps[i]
-    y, mean, var, rstd, scale, shift = ops.conv_stats(x, w, *static.conv(i), *lazy, *norm)
+    y, mean, var, rstd, scale, shift = run.conv_stats(x, w, *static.conv(i), *lazy, *norm)
     total = None
     if static.group[i] is not None:
         n, means, variances = _gather(static.group[i], _values(y), mean, var)
-        mean, var, rstd, scale, shift = ops.bn_finalize(n, means, variances, *norm)
+        mean, var, rstd, scale, shift = run.bn_finalize(n, means, variances, *norm)
         total = n.sum()
     elif _values(y) == 1:  # nn.BatchNorm2d's own rule, in its own words
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
@@ -216,35 +238,35 @@ def _forward_layer(
 
 
 def forward_block(
-    static: Static, x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None], keep: bool
+    static: Static, x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None], keep: bool, run: Any = ops
 ) -> tuple[Tensor, Tensor | None, list[_Layer], list[Tensor]]:
     """z, what its backward will need of it, the layers, and their statistics flat: mean, unbiased var, mean, ...
 
     Statistics are empty where they were given. ``keep``: there will be a backward; it needs the pooling's index, or
-    the bits of the ReLU behind a sum. Without a sum those follow from y.
+    the bits of the ReLU behind a sum. Without a sum those follow from y. ``run``: the ops, or what they come to.
     """
     end = static.end
     layers: list[_Layer] = []
     statistics: list[Tensor] = []
     first = operand = x, None, None
     for i in range(len(static.geometry)):
-        layer, stats = _forward_layer(static, i, first if i > end else operand, tensors)
+        layer, stats = _forward_layer(run, static, i, first if i > end else operand, tensors)
         layers.append(layer)
         statistics += stats
         if i < end:
-            operand = layer.operand(static.relu[i])  # type: ignore[assignment]
+            operand = layer.operand(static.relu[i], run)  # type: ignore[assignment]
     last, relu = layers[end], static.relu[end]
     affine = last.y, last.scale, last.shift
     if static.pool:
-        z, kept = ops.affine_act_maxpool(*affine)
+        z, kept = run.affine_act_maxpool(*affine)
         return z, kept, layers, statistics
     shortcut: tuple[Tensor | None, ...] = (x,) if static.identity else (residual,)
     if static.projection:
         shortcut = layers[-1].y, layers[-1].scale, layers[-1].shift
     if keep and relu and shortcut[0] is not None:
-        z, kept = ops.affine_act_mask(*affine, *shortcut)
+        z, kept = run.affine_act_mask(*affine, *shortcut)
         return z, kept, layers, statistics
-    return ops.affine_act(*affine, *shortcut, relu=relu), None, layers, statistics
+    return run.affine_act(*affine, *shortcut, relu=relu), None, layers, statistics
 
 
 def _conv_backward(
@@ -386,11 +408,13 @@ class Block(torch.autograd.Function):
     def forward(
         ctx: Any, static: Static, x: Tensor, residual: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        z, kept, layers, statistics = forward_block(static, x, residual, tensors, True)
+        run = (None if torch.compiler.is_compiling() else direct(x, tensors)) or ops
+        z, kept, layers, statistics = forward_block(static, x, residual, tensors, True, run)
         ctx.static, ctx.backend = static, forced_backend()
         ctx.save_for_backward(x, kept, *(t for layer in layers for t in layer))
         if static.running is not None:
-            update_running(static.running, statistics, empty=x.numel() == 0)
+            if run is ops or not _moved(static.moves, x, statistics):
+                update_running(static.running, statistics, empty=x.numel() == 0)
             return (z,)
         ctx.mark_non_differentiable(*statistics)
         return (z, *statistics)

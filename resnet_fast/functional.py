@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import AddRelu, Block, ConvBn, Static, forward_block, layer_tensors, unit, update_running
+from .autograd import AddRelu, Block, ConvBn, Moves, Static, forward_block, layer_tensors, unit, update_running
 
 __all__ = [
     "ConvBn",
@@ -188,6 +188,19 @@ def residual_block(
         raise fault from error
 
 
+def _static(every: Sequence[ConvBn], projection: bool, identity: bool, pool: bool) -> Static:
+    return Static(
+        geometry=[la.geometry for la in every],
+        eps=[la.eps for la in every],
+        relu=[la.relu for la in every],
+        batch_stats=[la.batch_stats for la in every],
+        group=[la.group if la.batch_stats else None for la in every],
+        projection=projection,
+        identity=identity,
+        pool=pool,
+    )
+
+
 def _residual_block(
     x: Tensor,
     layers: Sequence[ConvBn],
@@ -205,16 +218,7 @@ def _residual_block(
         x, residual, every = _autocast(x, residual, every)
     _check(x, every)
     x = to_channels_last(x)
-    static = Static(
-        geometry=[la.geometry for la in every],
-        eps=[la.eps for la in every],
-        relu=[la.relu for la in every],
-        batch_stats=[la.batch_stats for la in every],
-        group=[la.group if la.batch_stats else None for la in every],
-        projection=projection is not None,
-        identity=identity,
-        pool=pool,
-    )
+    static = _static(every, projection is not None, identity, pool)
     tensors = [t for layer in every for t in layer_tensors(layer)]
     if not torch.compiler.is_compiling():
         static = static._replace(running=every)
@@ -226,6 +230,47 @@ def _residual_block(
         z, _, _, statistics = forward_block(static, x, residual, tensors, False)
     update_running(every, statistics, empty=x.numel() == 0)
     return z
+
+
+class Prepared(NamedTuple):
+    """A block in training, as far as x does not matter: what ``residual_block`` makes of its layers at each call."""
+
+    static: Static
+    tensors: list[Tensor | None]
+    weights: list[Tensor]
+    vectors: list[Tensor]  # those of the tensors that must be float32
+    groups: int  # of the first layer
+
+
+def prepare(layers: Sequence[ConvBn], projection: ConvBn | None, identity: bool, pool: bool) -> Prepared | None:
+    """For :func:`run_prepared`; None where something depends on more than these tensors' being the same."""
+    every = [*layers, projection] if projection is not None else list(layers)
+    vectors = [v for la in every for v in (la.gamma, la.beta) if v is not None]
+    if not all(la.batch_stats and la.bias is None and la.group is None and max(la.dilation) == 1 for la in every):
+        return None
+    static = _static(every, projection is not None, identity, pool)._replace(running=every)
+    momenta = {la.momentum for la in every}
+    buffers = [b for la in every for b in (la.running_mean, la.running_var)]
+    counters = [la.num_batches_tracked for la in every]
+    if len(momenta) == 1 and None not in momenta and not any(t is None for t in (*buffers, *counters)):
+        static = static._replace(moves=Moves(buffers, momenta.pop(), counters))  # type: ignore[arg-type]
+    tensors = [t for la in every for t in (la.weight, la.gamma, la.beta, None, None)]
+    weights = [la.weight for la in every]
+    return Prepared(static, tensors, weights, vectors, every[0].groups)
+
+
+def run_prepared(x: Tensor, prepared: Prepared) -> Tensor | None:
+    """``residual_block`` without a residual, outside of autocast, where autograd records; None where it is to be asked.
+
+    x and the weights have been checked: 4-d, one dtype below float64, one device.
+    """
+    for v in prepared.vectors:
+        if v.dtype is not torch.float32:
+            return None
+    try:
+        return Block.apply(prepared.static, to_channels_last(x), None, *prepared.tensors)[0]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None  # it says what is wrong with the arguments
 
 
 def conv_bn_act(x: Tensor, layer: ConvBn) -> Tensor:
