@@ -156,7 +156,7 @@ def test_a_deep_stage_is_measured_where_its_bound_has_grown(measured: list[Tenso
     stage = nn.Sequential(*(models.BasicBlock(16, 16) for _ in range(24))).eval()
     for m in stage.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.weight.data.fill_(0.6)
+            m.weight.data.fill_(1.5)
     fused = resnet_fast.fuse(copy.deepcopy(stage))
     x = torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
     for _ in range(3):
