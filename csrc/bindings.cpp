@@ -248,9 +248,9 @@ bool unchanged(const py::tuple& contents, const py::bytes& sizes, const py::tupl
   return true;
 }
 
-/// See bind_cpu. `then` holds four int64 of each tensor: its address, its version counter (-1: it is
-/// not asked), and where its own object and its storage's lie, which are asked for ahead. `data_ptr`
-/// and `version` are the descriptors of torch.Tensor.
+/// See bind_cpu. `then` holds four int64 of each tensor: its address, its version counter (-1: it
+/// is not asked), and where its own object and its storage's lie, which are asked for ahead.
+/// `data_ptr` and `version` are the descriptors of torch.Tensor.
 bool in_place(const py::tuple& tensors, const py::bytes& then, py::handle data_ptr,
               py::handle version) {
   constexpr int LINE = 64, LINES = 3;
@@ -282,7 +282,8 @@ bool in_place(const py::tuple& tensors, const py::bytes& then, py::handle data_p
     }
     PyObject* t = PyTuple_GET_ITEM(tensors.ptr(), i);
     const State expected = state(i);
-    if (!equals(PyObject_Vectorcall(data_ptr.ptr(), &t, 1, nullptr), expected.address)) return false;
+    if (!equals(PyObject_Vectorcall(data_ptr.ptr(), &t, 1, nullptr), expected.address))
+      return false;
     if (expected.version < 0) continue;
     PyObject* kind = reinterpret_cast<PyObject*>(Py_TYPE(t));
     if (!equals(get(version.ptr(), t, kind), expected.version)) return false;
@@ -314,10 +315,11 @@ void bind_cpu(py::module_ module) {
            py::kw_only(), arg("spans"), arg("whole"), arg("stride"))
       .def("value", &cpu::Fingerprint::value, NoGil());
 
-  module.def("unchanged", unchanged, arg("contents"), arg("sizes"), arg("values"), arg("empty"),
-             arg("objects"), arg("kinds"),
-             "Whether dictionaries hold the very values that they held, others nothing, and objects "
-             "are of the types that they were of.");
+  module.def(
+      "unchanged", unchanged, arg("contents"), arg("sizes"), arg("values"), arg("empty"),
+      arg("objects"), arg("kinds"),
+      "Whether dictionaries hold the very values that they held, others nothing, and objects "
+      "are of the types that they were of.");
 
   module.def("in_place", in_place, arg("tensors"), arg("then"), arg("data_ptr"), arg("version"),
              "Whether tensors lie where they lay, and none was written to by what counts writes.");

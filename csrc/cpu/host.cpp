@@ -54,7 +54,8 @@ constexpr int64_t LINE = 64;
 /// Sampled words that are on their way while one is hashed: each is a miss, most of the TLB, too.
 constexpr size_t AHEAD = 24;
 
-/// Every byte of a span. Meanwhile its neighbour `next`, if there is one, is asked for line by line.
+/// Every byte of a span. Meanwhile its neighbour `next`, if there is one, is asked for line by
+/// line.
 void add_whole(Hash& hash, const Span& span, const Span* next) {
   const char* p = static_cast<const char*>(span.address);
   const int64_t words = span.nbytes / 8, tail = span.nbytes % 8;
@@ -91,7 +92,8 @@ Fingerprint::Fingerprint(const std::vector<Span>& spans, int64_t whole, int64_t 
     const char* p = static_cast<const char*>(span.address);
     // Not the same line of each stretch: those would share a few sets of the caches.
     int64_t line = 0;
-    for (int64_t begin = 0; begin < span.nbytes; begin += stride, line = (line + 9) % (stride / LINE)) {
+    for (int64_t begin = 0; begin < span.nbytes;
+         begin += stride, line = (line + 9) % (stride / LINE)) {
       sampled_.push_back(p + std::min(begin + line * LINE, span.nbytes - 8));
     }
     sampled_.push_back(p + span.nbytes - 8);
