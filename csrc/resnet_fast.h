@@ -287,15 +287,31 @@ void winograd_conv(const WinogradConv& args);
 /// the one that the environment variable RESNET_FAST_ISA names.
 const char* isa();
 
-/// One buffer to fingerprint.
+/// Memory, on the host.
 struct Span {
   const void* address;
   int64_t nbytes;
 };
 
-/// A 64-bit hash of one 8-byte word in every `stride` bytes of each buffer (0: of every byte), of
-/// its last bytes, and of its length.
-uint64_t fingerprint(const std::vector<Span>& spans, int64_t stride);
+/// A 64-bit hash of buffers, taken again and again: of every byte of those of at most `whole`
+/// bytes (8 or more), of one 8-byte word in every `stride` bytes and of the last word of the
+/// others, and of their lengths. The buffers must stay where they are.
+class Fingerprint {
+ public:
+  Fingerprint(const std::vector<Span>& spans, int64_t whole, int64_t stride);
+  uint64_t value() const;
+
+ private:
+  static constexpr int64_t PARTS = 8;  // for the threads; the value does not depend on how many
+  uint64_t part(int64_t index) const;
+
+  std::vector<Span> whole_;
+  std::vector<const char*> sampled_;
+  uint64_t lengths_ = 0;  // of the sampled ones
+};
+
+/// a += factor * (b - a), elementwise: running statistics on their way to a batch's.
+void lerp(float* a, const float* b, int64_t size, float factor);
 
 /// Asks for pages of 2 MB in place of small ones wherever a whole one lies in the span, whose bytes
 /// stay as they are; for memory that is read again and again. Returns the bytes that got them: 0

@@ -41,6 +41,7 @@ __all__ = [
     "add_rows",
     "assume",
     "choose",
+    "direct",
     "forced_backend",
     "forget",
     "fused_sums",
@@ -130,6 +131,38 @@ def _nobody_listens() -> bool:
         or torch.autograd._profiler_enabled()
         or torch.jit.is_tracing()
     )
+
+
+def direct(lead: Tensor, others: Iterable[Any] = ()) -> Any:
+    """The functions that run ops for tensors like ``lead``, by their names: what calling the ops comes to, decided once
+    for many of them. None where each must decide for itself.
+
+    That is where somebody listens to the dispatcher, under autocast, under ``use_backend``, with a table of what was
+    measured, and for subclasses of Tensor, among ``others`` too. Grad mode must be off.
+    """
+    device = lead.device
+    if (
+        _forced.get() is not None
+        or _assumed.get() is not None
+        or (_tables.get(device) or table(device)).choices
+        or torch.is_autocast_enabled(device.type)
+        or not _nobody_listens()
+        or not _PLAIN.issuperset(map(type, (lead, *others)))
+    ):
+        return None
+    return _Direct(device, lead.dtype)
+
+
+class _Direct:
+    """Each op's function on one device, for one dtype."""
+
+    __slots__ = ("_device", "_dtype")
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return _choose(name, self._device, self._dtype, None).function
 
 
 def op(definition: Callable[..., Any]) -> Op:

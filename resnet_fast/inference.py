@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import functional as f
 from . import ops
+from .autograd import ConvBn, layer_tensors, scale_shift
 from .dispatch import choose, forced_backend, hook
-from .functional import ConvBn
 
 __all__ = ["MEASURED", "affines", "fused_block", "whole_block_why_not"]
 
@@ -32,11 +32,11 @@ _FUSING = ("triton", "cudnn")
 
 def affines(layers: Sequence[ConvBn]) -> list[tuple[Tensor, Tensor]]:
     """(scale, shift) of every layer by its running statistics, (K,) each; a convolution's bias is in shift."""
-    tensors = [f.layer_tensors(layer) for layer in layers]
+    tensors = [layer_tensors(layer) for layer in layers]
     _, gammas, betas, means, variances = zip(*tensors, strict=True)
     if any(t is None for vectors in (gammas, betas) for t in vectors):
         return [
-            f.scale_shift(mean, var, gamma, beta, layer.eps)[1:]
+            scale_shift(mean, var, gamma, beta, layer.eps)[1:]
             for layer, gamma, beta, mean, var in zip(layers, gammas, betas, means, variances, strict=True)
         ]
     scales = torch._foreach_add(list(variances), [layer.eps for layer in layers])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -170,8 +170,16 @@ class Join:
         return "sum + relu"
 
 
-#: ``part(i, x)`` or, where the part's shortcut is "given" and for a :class:`Join`, ``part(i, x, residual)``.
-Part = Callable[..., Tensor]
+class Part(Protocol):
+    """What the text of a :class:`HostPlan` calls."""
+
+    def __call__(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Part ``i`` of ``x``; ``residual``: where its shortcut is "given", and for a :class:`Join`."""
+
+    def chain(self, i: int, x: Tensor, *modules: Any) -> Any:
+        """``modules[-1](... modules[0](part(i, x)))``, where the text does nothing else with what is in between."""
+
+
 Check = Callable[[nn.Module], None]
 
 
@@ -185,8 +193,9 @@ class HostPlan:
         kind: the word for it in explain().
         parts: what is fused.
         method: the method of the module that is replaced.
-        forward: ``forward(module, x, part)``: that method's text, with ``part(i, x)`` in place of ``parts[i]``. May
-            raise Refusal before anything else, if the module is no longer what it was planned for.
+        forward: ``forward(module, x, part)``: that method's text, with ``part(i, x)`` in place of ``parts[i]``, or
+            ``part.chain(i, x, ...)`` where other modules follow it at once. May raise Refusal before anything else, if
+            the module is no longer what it was planned for.
         left: what of a block runs as it is, in words, for explain().
     """
 
