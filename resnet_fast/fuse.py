@@ -12,16 +12,17 @@ import contextlib
 import copy
 import copyreg
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import adapters, dispatch, schedule
+from . import adapters, dispatch, norm_act, schedule
 from .folding import FoldCache, Program
 from .guards import why_not_now
-from .plan import BlockPlan, HostPlan, Join, Opaque, Refusal, find
+from .plan import BlockPlan, HostPlan, Join, NormAct, Opaque, Refusal, find
 from .running import Handed, narrow, program, run, run_join, run_unfused, stage_situation
 
 __all__ = ["Explanation", "FuseError", "Row", "explain", "fuse", "fused", "register_block", "unfuse"]
@@ -46,21 +47,25 @@ class _State:
         self.program: Program | None = None  # of a stage
 
 
-def _parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan | Join, ...]:
+def _parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan | Join | NormAct, ...]:
     return plan.parts if isinstance(plan, HostPlan) else (plan,)
 
 
-def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
     """The replaced method of every fused module: the plan's forward, or the original's where a guard fails."""
     if torch.compiler.is_compiling():  # the compiler fuses in its own way, and wants the original to read
         method = _method(self.__dict__[_KEY].plan)
-        return getattr(type(self)._resnet_fast_original, method)(self, x, *args, **kwargs)
+        return getattr(type(self)._resnet_fast_original, method)(self, *args, **kwargs)
     state: _State = self.__dict__[_KEY]
     plan = state.plan
     refusal = None
+    x = args[0] if args else None
     handed = _taken(x)
     try:
-        if args or kwargs:
+        if not args:
+            raise Refusal("called with keywords alone; remedy: give x by position")
+        further = isinstance(plan, HostPlan) and plan.further
+        if (len(args) > 1 or kwargs) and not further:
             raise Refusal("called with further arguments")
         if isinstance(plan, BlockPlan):
             z, on = run(self, plan, x, state.caches[0], state.backend, handed)
@@ -72,21 +77,25 @@ def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal refusal
             what = plan.parts[i]
             try:
+                if isinstance(what, NormAct):
+                    return norm_act.run(self, what, x, state.backend)
                 if isinstance(what, Join):
                     return run_join(self, what, x, residual, state.backend)
                 return run(self, what, x, state.caches[i], state.backend, residual=residual)[0]
             except Refusal as error:
                 refusal = str(error)
+            if isinstance(what, NormAct):
+                return norm_act.run_unfused(self, what, x)
             return run_unfused(self, what, x, residual)
 
-        return plan.forward(self, x, part)
+        return plan.forward(self, x, part, *args[1:], **kwargs)
     except Refusal as error:
         refusal = str(error)
     finally:
         if state.refusal != refusal:
             state.refusal = refusal
     original = type(self)._resnet_fast_original
-    return getattr(original, _method(plan))(self, narrow(x, handed), *args, **kwargs)
+    return getattr(original, _method(plan))(self, *(narrow(x, handed), *args[1:])[: len(args)], **kwargs)
 
 
 def _method(plan: BlockPlan | HostPlan) -> str:
@@ -136,6 +145,11 @@ def _as_original(module: Any) -> Iterator[None]:
         module.__dict__[_KEY] = state
 
 
+def _replaced(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``_forward`` under the name and signature of ``method``: trainers and tracers look at what a model takes."""
+    return functools.wraps(method)(types.FunctionType(_forward.__code__, _forward.__globals__))
+
+
 @functools.cache
 def _fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
     """The generated subclass, one per class: every block of a kind stays of one type."""
@@ -147,7 +161,7 @@ def _fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
         "__deepcopy__": _deepcopy,
         "__prepare_scriptable__": _no_scripting,
         "_resnet_fast_original": original,
-        method: _forward,
+        method: _replaced(getattr(original, method)),
     }
     return type(f"Fused{original.__name__}", (original,), body)
 
@@ -246,7 +260,7 @@ def _original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_resnet_fast_original", type(module))
 
 
-def _ids(module: nn.Module, plan: BlockPlan | Join) -> Iterator[int]:
+def _ids(module: nn.Module, plan: BlockPlan | Join | NormAct) -> Iterator[int]:
     """The submodules that a plan takes over, and the containers on the way to them."""
     for path in plan.paths:
         names = path.split(".")
@@ -442,7 +456,7 @@ def _row(candidate: _Candidate) -> Row:
     if plan is None:
         return Row(name, kind, "not", reason, not isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)))
     for part in _parts(plan):
-        refusal = why_not_now(module, part)
+        refusal = norm_act.refusal(module, part) if isinstance(part, NormAct) else why_not_now(module, part)
         if refusal is not None:
             return Row(name, kind, "not", refusal, True)
     state = _state(module)
