@@ -16,8 +16,14 @@ from ..plan import Refusal, norm_of
 from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, NormAct, Part, text_of
 
 
+#: Measured with densenet121, batch 1 and 4: 0.88 and 0.96 of the speed of the original; in training 1.07.
+_SLOW = "in inference on a CPU a narrow convolution behind a wide norm gains nothing from fusing"
+
+
 def _forward(layer: Any, x: Any, part: Part) -> Tensor:
     features = [x] if isinstance(x, Tensor) else x
+    if not (layer.training or torch.is_grad_enabled()) and features[0].device.type == "cpu":
+        raise Refusal(_SLOW)
     saves = getattr(layer, "memory_efficient", False) or getattr(layer, "grad_checkpointing", False)
     if saves and layer.any_requires_grad(features):
         raise Refusal("memory_efficient: checkpointing runs the layer's first half in its own way")
