@@ -172,8 +172,18 @@ def _attach(module: Any, plan: BlockPlan | HostPlan, backend: str | None) -> Non
 
 
 def _detach(module: Any) -> None:
-    module.__class__ = type(module)._resnet_fast_original
+    module.__class__ = _without(type(module))
     del module.__dict__[_KEY]
+
+
+@functools.cache
+def _without(kind: Any) -> Any:
+    """``kind`` without our class: what it was made of, or, where fully_shard came after fuse(), that one's over it."""
+    if "_resnet_fast_original" in vars(kind):
+        return kind._resnet_fast_original
+    bases = tuple(_without(base) if hasattr(base, "_resnet_fast_original") else base for base in kind.__bases__)
+    body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind.__name__.replace("Fused", "", 1), bases, body)
 
 
 def _state(module: nn.Module) -> _State | None:
@@ -257,7 +267,10 @@ class _Candidate(NamedTuple):
 
 
 def _original_class(module: nn.Module) -> type[nn.Module]:
-    return getattr(type(module), "_resnet_fast_original", type(module))
+    """The class that an adapter knows: without ours, and without the one that FSDP2's fully_shard puts before it."""
+    kind: Any = getattr(type(module), "_resnet_fast_original", type(module))
+    is_sharded = kind.__module__.startswith("torch.distributed.") and len(kind.__bases__) == 2
+    return kind.__bases__[1] if is_sharded else kind
 
 
 def _ids(module: nn.Module, plan: BlockPlan | Join | NormAct) -> Iterator[int]:
