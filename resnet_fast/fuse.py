@@ -59,7 +59,7 @@ def _forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
     state: _State = self.__dict__[_KEY]
     plan = state.plan
     refusal = None
-    x = args[0] if args else None
+    x: Any = args[0] if args else None
     handed = _taken(x)
     try:
         if not args:
@@ -172,7 +172,8 @@ def _attach(module: Any, plan: BlockPlan | HostPlan, backend: str | None) -> Non
 
 
 def _detach(module: Any) -> None:
-    module.__class__ = _without(type(module))
+    kind: Any = type(module)
+    module.__class__ = _without(kind)
     del module.__dict__[_KEY]
 
 
@@ -355,7 +356,7 @@ def fuse(
         strict: raise :class:`FuseError`, and leave the model as it was, if a block cannot be fused whole.
         generic: also look into modules that no adapter knows: their forwards are traced by torch.fx, and every run of
             convolution, batch norm and ReLU, with the sum behind it, is fused where it stands. What cannot be traced
-            (branches on tensors, isinstance, several inputs) stays as it is. Tracing replaces nn.Module.__call__ for
+            (branches on tensors, isinstance) stays as it is. Tracing replaces nn.Module.__call__ for
             a moment: no other thread should run a model meanwhile.
 
     Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,

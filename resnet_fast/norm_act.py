@@ -24,8 +24,8 @@ from .plan import NormAct, Refusal, check_idle, check_plain, find, norm_of
 
 __all__ = ["refusal", "run", "run_unfused"]
 
-#: Multiply-adds of a convolution that a value stands for, where guards asks whether fusing pays in training on a CPU: it
-#: does from 385 thousand values a thread (docs/bn_act.md, NUMBER).
+#: Multiply-adds of a convolution that a value stands for, where guards asks whether fusing pays in training on a CPU:
+#: it does from 385 thousand values a thread (docs/bn_act.md, entry 25).
 _MACS = 130
 
 
@@ -151,7 +151,7 @@ def run(module: nn.Module, plan: NormAct, x: Any, backend: str | None = None) ->
 
 
 def _as_torch(x: Tensor, layer: f.ConvBn, relu: bool) -> Tensor:
-    """On a CPU, with statistics that are given, torch's batch norm and a ReLU in place are as fast as one pass of ours."""
+    """With statistics that are given, on a CPU: a batch norm and a ReLU in place are as fast as one pass of ours."""
     z = F.batch_norm(x, layer.running_mean, layer.running_var, layer.gamma, layer.beta, eps=layer.eps)
     return z.relu_() if relu else z
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from ..plan import Refusal, norm_of
 from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, NormAct, Part, text_of
 
-
-#: Measured with densenet121, batch 1 and 4: 0.88 and 0.96 of the speed of the original; in training 1.07.
+#: Measured with densenet121 (docs/bn_act.md, entry 26).
 _SLOW = "in inference on a CPU a narrow convolution behind a wide norm gains nothing from fusing"
 
 

@@ -1,7 +1,8 @@
 """Finding in a torch.fx graph what can be fused: runs, chains of them, and the sums that join two branches.
 
 A run is a convolution, its batch norm and, if there is one, the ReLU behind it, each the only user of the one before. A
-batch norm behind anything else makes a pair with its ReLU. A part takes the place of its last node: nothing between its nodes may write over what it reads.
+batch norm behind anything else makes a pair with its ReLU. A part takes the place of its last node: nothing between its
+nodes may write over what it reads.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _SUMS = (operator.add, operator.iadd, torch.add)
 
 
 class Found(NamedTuple):
-    """A chain, a join or a pair in a graph. ``layers`` is empty for the latter two; ``norm``: the path of a pair's norm;
-    ``residual``: the node of a "given" shortcut.
+    """A chain, a join or a pair in a graph. ``layers`` is empty for the latter two.
+
+    ``norm``: the path of a pair's norm; ``residual``: the node of a "given" shortcut.
     """
 
     layers: tuple[ConvBnPath, ...]

@@ -53,7 +53,9 @@ def children(
         i += length
         bare = isinstance(plan, BlockPlan) and plan.layers[0].act is False
         if bare and i < len(items) and type(items[i][1]).__module__ == _ACTIVATIONS:
-            left.append(f"{items[i][0]} ({type(items[i][1]).__name__}; supported is ReLU)")
+            left.append(
+                f"{items[i][0]} ({type(items[i][1]).__name__}; supported is ReLU; the convolution and its norm are one)"
+            )
     if not parts:
         return None
     names = tuple(module._modules)

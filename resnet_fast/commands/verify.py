@@ -19,7 +19,7 @@ import resnet_fast
 from resnet_fast import adapters, modules
 from resnet_fast.guards import any_size
 from resnet_fast.models.blocks import BasicBlock, Bottleneck
-from resnet_fast.plan import BlockPlan, ConvBnPath, HostPlan, Join, Opaque, find
+from resnet_fast.plan import BlockPlan, ConvBnPath, HostPlan, Opaque, find
 
 from . import CommandError, arguments, equality, machine, plots, tables
 from .equality import Check, Unit
