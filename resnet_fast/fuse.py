@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from . import adapters, dispatch, schedule
+from . import adapters, dispatch, norm_act, schedule
 from .guards import why_not_now
-from .plan import BlockPlan, HostPlan, Join, Opaque, find
+from .plan import BlockPlan, HostPlan, Join, NormAct, Opaque, find
 from .swap import KEY, STAGE, FuseError, State, attach, attach_stages, detach, original_class, parts, state_of
 
 __all__ = ["Explanation", "FuseError", "Row", "explain", "fuse", "fused", "register_block", "unfuse"]
@@ -27,7 +27,7 @@ class _Candidate(NamedTuple):
     reason: str  # why not, where there is no plan
 
 
-def _ids(module: nn.Module, plan: BlockPlan | Join) -> Iterator[int]:
+def _ids(module: nn.Module, plan: BlockPlan | Join | NormAct) -> Iterator[int]:
     """The submodules that a plan takes over, and the containers on the way to them."""
     for path in plan.paths:
         names = path.split(".")
@@ -109,7 +109,7 @@ def fuse(
         strict: raise :class:`FuseError`, and leave the model as it was, if a block cannot be fused whole.
         generic: also look into modules that no adapter knows: their forwards are traced by torch.fx, and every run of
             convolution, batch norm and ReLU, with the sum behind it, is fused where it stands. What cannot be traced
-            (branches on tensors, isinstance, several inputs) stays as it is. Tracing replaces nn.Module.__call__ for
+            (branches on tensors, isinstance) stays as it is. Tracing replaces nn.Module.__call__ for
             a moment: no other thread should run a model meanwhile.
 
     Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,
@@ -226,7 +226,7 @@ def _row(candidate: _Candidate) -> Row:
     if plan is None:
         return Row(name, kind, "not", reason, not isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)))
     for part in parts(plan):
-        refusal = why_not_now(module, part)
+        refusal = norm_act.refusal(module, part) if isinstance(part, NormAct) else why_not_now(module, part)
         if refusal is not None:
             return Row(name, kind, "not", refusal, True)
     state = state_of(module)

@@ -12,14 +12,16 @@ import contextlib
 import copy
 import copyreg
 import functools
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import norm_act
 from .folding import FoldCache, Program
-from .plan import BlockPlan, HostPlan, Join, Refusal
+from .plan import BlockPlan, HostPlan, Join, NormAct, Refusal
 from .running import Handed, narrow, program, run, run_join, run_program, run_unfused, stage_situation
 
 __all__ = [
@@ -53,29 +55,32 @@ class State:
         self.program: Program | None = None  # of a stage
 
 
-def parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan | Join, ...]:
+def parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan | Join | NormAct, ...]:
     """What of a module is fused, one by one."""
     return plan.parts if isinstance(plan, HostPlan) else (plan,)
 
 
-def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
     """The replaced method of every fused module: the plan's forward, or the original's where a guard fails."""
     if torch.compiler.is_compiling():  # the compiler fuses in its own way, and wants the original to read
         method = _method(self.__dict__[KEY].plan)
-        return getattr(type(self)._resnet_fast_original, method)(self, x, *args, **kwargs)
+        return getattr(type(self)._resnet_fast_original, method)(self, *args, **kwargs)
     state: State = self.__dict__[KEY]
     plan = state.plan
     refusal = None
+    x: Any = args[0] if args else None
     handed = _taken(x)
     try:
-        if args or kwargs:
+        if not args:
+            raise Refusal("called with keywords alone; remedy: give x by position")
+        if (len(args) > 1 or kwargs) and not (isinstance(plan, HostPlan) and plan.further):
             raise Refusal("called with further arguments")
         if isinstance(plan, BlockPlan):
             z, on = run(self, plan, x, state.caches[0], state.backend, handed)
             return _handing(z, on, handed.inside)
         part = _Parts(self, state, handed)
         try:
-            return plan.forward(self, x, part)
+            return plan.forward(self, x, part, *args[1:], **kwargs)
         finally:
             refusal = part.refusal
     except Refusal as error:
@@ -84,7 +89,7 @@ def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if state.refusal != refusal:
             state.refusal = refusal
     original = type(self)._resnet_fast_original
-    return getattr(original, _method(plan))(self, narrow(x, handed), *args, **kwargs)
+    return getattr(original, _method(plan))(self, *(narrow(x, handed), *args[1:])[: len(args)], **kwargs)
 
 
 class _Parts:
@@ -102,11 +107,15 @@ class _Parts:
     def _run(self, i: int, x: Tensor, residual: Tensor | None, handed: Handed) -> tuple[Tensor, Handed]:
         what, state = parts(self._state.plan)[i], self._state
         try:
+            if isinstance(what, NormAct):
+                return norm_act.run(self._module, what, x, state.backend), _NOTHING
             if isinstance(what, Join):
                 return run_join(self._module, what, x, residual, state.backend), _NOTHING
             return run(self._module, what, x, state.caches[i], state.backend, handed, residual)
         except Refusal as error:
             self.refusal = str(error)
+        if isinstance(what, NormAct):
+            return norm_act.run_unfused(self._module, what, x), _NOTHING
         return run_unfused(self._module, what, x, residual), _NOTHING
 
     def chain(self, i: int, x: Tensor, *modules: Any) -> Any:
@@ -162,6 +171,11 @@ def _as_original(module: Any) -> Iterator[None]:
         module.__dict__[KEY] = state
 
 
+def _replaced(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``_forward`` under the name and signature of ``method``: trainers and tracers look at what a model takes."""
+    return functools.wraps(method)(types.FunctionType(_forward.__code__, _forward.__globals__))
+
+
 @functools.cache
 def _fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
     """The generated subclass, one per class: every block of a kind stays of one type."""
@@ -173,7 +187,7 @@ def _fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
         "__deepcopy__": _deepcopy,
         "__prepare_scriptable__": _no_scripting,
         "_resnet_fast_original": original,
-        method: _forward,
+        method: _replaced(getattr(original, method)),
     }
     return type(f"Fused{original.__name__}", (original,), body)
 
@@ -186,8 +200,19 @@ def attach(module: Any, plan: BlockPlan | HostPlan, backend: str | None) -> None
 
 def detach(module: Any) -> None:
     """Undo ``attach``."""
-    module.__class__ = type(module)._resnet_fast_original
+    kind: Any = type(module)
+    module.__class__ = _without(kind)
     del module.__dict__[KEY]
+
+
+@functools.cache
+def _without(kind: Any) -> Any:
+    """``kind`` without our class: what it was made of, or, where fully_shard came after fuse(), that one's over it."""
+    if "_resnet_fast_original" in vars(kind):
+        return kind._resnet_fast_original
+    bases = tuple(_without(base) if hasattr(base, "_resnet_fast_original") else base for base in kind.__bases__)
+    body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind.__name__.replace("Fused", "", 1), bases, body)
 
 
 def state_of(module: nn.Module) -> State | None:
@@ -283,5 +308,7 @@ def attach_stages(model: nn.Module) -> None:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that ``module`` is of, fused or not."""
-    return getattr(type(module), "_resnet_fast_original", type(module))
+    """The class that an adapter knows: without ours, and without the one that FSDP2's fully_shard puts before it."""
+    kind: Any = getattr(type(module), "_resnet_fast_original", type(module))
+    is_sharded = kind.__module__.startswith("torch.distributed.") and len(kind.__bases__) == 2
+    return kind.__bases__[1] if is_sharded else kind

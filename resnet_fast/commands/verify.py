@@ -19,7 +19,7 @@ import resnet_fast
 from resnet_fast import adapters, modules
 from resnet_fast.guards import any_size
 from resnet_fast.models.blocks import BasicBlock, Bottleneck
-from resnet_fast.plan import BlockPlan, ConvBnPath, HostPlan, Join, Opaque, find
+from resnet_fast.plan import BlockPlan, ConvBnPath, HostPlan, Opaque, find
 
 from . import CommandError, arguments, equality, machine, plots, tables
 from .equality import Check, Unit
@@ -168,8 +168,8 @@ def units(model: nn.Module) -> Iterator[tuple[Unit, str]]:
         prefix = f"{row.name}." if row.name else ""
         parts = plan.parts if isinstance(plan, HostPlan) else (plan,) if isinstance(plan, BlockPlan) else ()
         for part in parts:
-            if isinstance(part, Join):
-                continue  # a sum and a ReLU: no layer
+            if not isinstance(part, BlockPlan):
+                continue  # a sum and a ReLU, or a batch norm and one: no layer
             sides = (part.shortcut,) if isinstance(part.shortcut, ConvBnPath) else ()
             for i, layer in enumerate((*part.layers, *sides)):
                 last = i == len(part.layers) - 1
