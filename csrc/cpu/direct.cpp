@@ -18,20 +18,23 @@ constexpr int ROWS = 14;
 #else
 constexpr int ROWS = 6;
 #endif
-#ifndef TUNE_RESIDENT
-#define TUNE_RESIDENT (240 * 1024)
+#ifndef TUNE_SMALL
 #define TUNE_SMALL (16 * 1024)
-#define TUNE_FILTERS (256 * 1024)
+#define TUNE_UNITS 16
 #endif
-// Floats of patches that are kept while filters pass: in the level-2 cache where the filters come
-// from further away, in a quarter of it where they stay there themselves, beside them.
-constexpr int64_t RESIDENT = TUNE_RESIDENT, SMALL = TUNE_SMALL, FILTERS = TUNE_FILTERS;
+// Floats of patches that are kept while filters pass: what the level-2 cache holds, or a small part
+// of it where all filters, up to FILTERS floats, stay in it as well.
+constexpr int64_t RESIDENT = 240 * 1024, SMALL = TUNE_SMALL, FILTERS = 256 * 1024;
 // Values of a patch that are multiplied at a time: their filters, of one panel, lie in level 1.
 constexpr int64_t CHUNK = 128;
 // Values between two looks at what is to be asked for ahead.
 constexpr int PIECE = 8;
-// What it costs to gather a row block's patches, in panels multiplied with it.
-constexpr double GATHER = 0.15;
+// Units of work for each thread: what one has left, another may take.
+constexpr int64_t UNITS = TUNE_UNITS;
+// What it costs to gather a row block's patches, and to read a panel of filters from afar, in row
+// blocks multiplied with a panel.
+constexpr double GATHER = 0.35;
+constexpr double READ = 0.5;
 
 /// The matrices: `rows` pixels, `depth` values under a filter, `panels` of PACK output channels.
 struct Shape {
@@ -47,9 +50,13 @@ struct Shape {
   int64_t first(int64_t block) const { return block * rows / row_blocks; }
 };
 
-/// How the work is cut: `blocks` of at most `height` row blocks each, times `groups` of panels.
+/// How the work is cut: `blocks` of at most `height` row blocks each, times `groups` of panels. All
+/// groups of a block stand together in the order of units.
 struct Cut {
   int64_t height, blocks, groups;
+  bool near;
+
+  int64_t units() const { return blocks * groups; }
 };
 
 Cut cut(const Shape& shape, int64_t threads) {
@@ -60,88 +67,135 @@ Cut cut(const Shape& shape, int64_t threads) {
   double least = 0;
   for (int64_t height = most; height >= 1; --height) {
     const int64_t blocks = cdiv(shape.row_blocks, height);
-    for (int64_t groups = 1; groups <= smaller(shape.panels, threads); ++groups) {
-      const double turns = static_cast<double>(cdiv(blocks * groups, threads));
-      const double width = static_cast<double>(cdiv(shape.panels, groups));
-      const double time = turns * (width * height + GATHER * height);
-      if (best.height == 0 || time < least) {
-        least = time;
-        best = {height, blocks, groups};
-      }
+    const int64_t groups = smaller(cdiv(UNITS * threads, blocks), shape.panels);
+    const double turns = static_cast<double>(cdiv(blocks * groups, threads));
+    const double width = static_cast<double>(cdiv(shape.panels, groups));
+    const double share = static_cast<double>(blocks) / static_cast<double>(threads);
+    const double time = turns * width * height + (share < 1 ? 1 : share) * height * GATHER +
+                        (near ? 0 : share * shape.panels * READ);
+    if (best.height == 0 || time < least) {
+      least = time;
+      best = {height, blocks, groups, near};
     }
   }
   return best;
 }
 
-/// A thread's workspace, in floats: the patches of some row blocks, then their sums. A line lies
-/// between the parts, lest they fall into the same cache sets.
+/// The workspace, in floats: a counter for each thread, a line each, and for each thread the patches
+/// of some row blocks, their sums and a row. A line lies between the patches of row blocks, lest
+/// they fall into the same cache sets.
 struct Layout {
+  static constexpr int64_t LINE = 16;
   Cut work;
-  int64_t block;
+  int64_t threads, block, row;
 
-  Layout(const Shape& shape, int64_t threads)
-      : work(cut(shape, threads)), block(ROWS * padded(shape.depth) + 16) {}
+  Layout(const Shape& shape, int64_t count)
+      : work(cut(shape, count)),
+        threads(count),
+        block(ROWS * padded(shape.depth) + LINE),
+        row(padded(shape.depth) + PACK) {}
 
-  float* patches(float* workspace, int64_t i) const { return workspace + i * block; }
-  float* sums(float* workspace, int64_t i) const {
-    return workspace + work.height * block + i * ROWS * PACK;
+  /// The units of thread `t` that were begun.
+  int64_t* begun(float* workspace, int64_t t) const {
+    return reinterpret_cast<int64_t*>(workspace + t * LINE);
   }
-  int64_t size() const { return work.height * (block + ROWS * PACK); }
+  float* of(float* workspace, int64_t t) const { return workspace + threads * LINE + t * share(); }
+  int64_t share() const { return work.height * (block + ROWS * PACK) + row; }
+  int64_t size() const { return threads * (LINE + share()); }
 };
 
-/// Where one row of patches goes: its packs lie `count` packs apart.
-struct Row {
-  float* v;
-  int64_t count;
+/// Hands units out: to each thread its own in order, then what others have not begun.
+struct Queue {
+  const Layout& layout;
+  float* workspace;
+  int64_t thread, victim;
 
-  float* at(int64_t value) const { return v + value / PACK * PACK * count + value % PACK; }
-
-  /// Values [first, first + count) of the row.
-  void copy(int64_t first, const float* x, int64_t length) const {
-    if (first % PACK == 0) {
-      float* out = at(first);
-      for (; length >= PACK; length -= PACK, first += PACK, x += PACK, out += PACK * count) {
-        store(out, load(x));
-        store(out + LANES, load(x + LANES));
-      }
+  /// The next unit, or -1.
+  int64_t next() {
+    const int64_t units = layout.work.units(), threads = layout.threads;
+    for (; victim < thread + threads; ++victim) {
+      const int64_t t = victim % threads;
+      const int64_t unit = t * units / threads +
+                           __atomic_fetch_add(layout.begun(workspace, t), 1, __ATOMIC_RELAXED);
+      if (unit < (t + 1) * units / threads) return unit;
     }
-    while (length > 0) {
-      const int64_t part = smaller(length, PACK - first % PACK);
-      __builtin_memcpy(at(first), x, part * sizeof(float));
-      first += part, x += part, length -= part;
-    }
-  }
-  void clear(int64_t first, int64_t length) const {
-    while (length > 0) {
-      const int64_t part = smaller(length, PACK - first % PACK);
-      __builtin_memset(at(first), 0, part * sizeof(float));
-      first += part, length -= part;
-    }
+    return -1;
   }
 };
+
+/// `count` floats, a multiple of PACK, from x to packs that lie `step` floats apart; what lies
+/// `ahead` floats behind x is asked for.
+RESNET_FAST_INLINE void copy_packs(const float* x, int64_t count, float* v, int64_t step,
+                                   int64_t ahead) {
+  for (; count > 0; count -= PACK, x += PACK, v += step) {
+    __builtin_prefetch(x + ahead, 0, 2);
+    __builtin_prefetch(x + ahead + PACK - 1, 0, 2);
+    store(v, load(x));
+    store(v + LANES, load(x + LANES));
+  }
+}
+
+RESNET_FAST_INLINE void clear_packs(int64_t count, float* v, int64_t step) {
+  for (; count > 0; count -= PACK, v += step) {
+    store(v, Vec{});
+    store(v + LANES, Vec{});
+  }
+}
+
+/// `count` floats from x, and up to a vector more where `end`, the end of all memory, is far enough.
+RESNET_FAST_INLINE void copy_over(const float* x, int64_t count, float* v, const float* end) {
+  if (x + count + LANES > end) {
+    __builtin_memcpy(v, x, count * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < count; i += LANES) store(v + i, load(x + i));
+}
 
 /// The patches of the pixels [first, first + count), a row block, into v: (packs, count, PACK).
-/// Values lie as the filters' do: taps row by row, all channels of each.
-void gather(const DirectConv& args, int64_t first, int64_t count, float* v) {
-  for (int64_t i = 0; i < count; ++i) {
-    const Row row{v + i * PACK, count};
-    const int64_t pixel = first + i, image = pixel / args.q / args.p;
-    const int64_t top = pixel / args.q % args.p * args.stride_h - args.padding_h;
-    const int64_t left = pixel % args.q * args.stride_w - args.padding_w;
+/// Values lie as the filters' do: taps row by row, all channels of each. `row` has room for one
+/// patch and a pack, `ahead` floats further the next row blocks' values lie.
+void gather(const DirectConv& args, int64_t first, int64_t count, float* v, float* row,
+            int64_t ahead) {
+  const int64_t depth = args.r * args.s * args.c, step = count * PACK;
+  const bool whole = args.c % PACK == 0;  // then no pack has values of two taps
+  const float* memory_end = args.x + args.n * args.h * args.w * args.c;
+  int64_t column = first % args.q, line = first / args.q % args.p, image = first / args.q / args.p;
+  for (int64_t i = 0; i < count; ++i, v += PACK) {
+    const int64_t top = line * args.stride_h - args.padding_h;
+    const int64_t left = column * args.stride_w - args.padding_w;
     // The columns of the filter that lie in the image: their values are one piece of memory.
     const int64_t begin = left < 0 ? smaller(-left, args.s) : 0;
-    const int64_t end = args.w - left < args.s ? (args.w - left < begin ? begin : args.w - left) : args.s;
+    const int64_t inside = smaller(args.w - left, args.s), end = inside < begin ? begin : inside;
+    const int64_t before = begin * args.c, values = (end - begin) * args.c;
+    const int64_t after = (args.s - end) * args.c;
+    float* out = whole ? v : row;
     for (int64_t r = 0; r < args.r; ++r) {
-      const int64_t line = top + r, start = r * args.s * args.c;
-      if (line < 0 || line >= args.h) {
-        row.clear(start, args.s * args.c);
-        continue;
+      const bool in = top + r >= 0 && top + r < args.h;
+      const float* x = args.x + ((image * args.h + top + r) * args.w + left + begin) * args.c;
+      if (whole) {
+        if (in) {
+          clear_packs(before, out, step);
+          copy_packs(x, values, out + before * count, step, ahead);
+          clear_packs(after, out + (before + values) * count, step);
+        } else {
+          clear_packs(args.s * args.c, out, step);
+        }
+        out += args.s * args.c * count;
+      } else {
+        if (in) {
+          __builtin_memset(out, 0, before * sizeof(float));
+          copy_over(x, values, out + before, memory_end);
+          __builtin_memset(out + before + values, 0, after * sizeof(float));
+        } else {
+          __builtin_memset(out, 0, args.s * args.c * sizeof(float));
+        }
+        out += args.s * args.c;
       }
-      row.clear(start, begin * args.c);
-      row.copy(start + begin * args.c,
-               args.x + ((image * args.h + line) * args.w + left + begin) * args.c,
-               (end - begin) * args.c);
-      row.clear(start + end * args.c, (args.s - end) * args.c);
+    }
+    if (!whole) copy_packs(row, depth, v, step, 0);
+    if (++column == args.q) {
+      column = 0;
+      if (++line == args.p) line = 0, ++image;
     }
   }
 }
@@ -264,34 +318,43 @@ void direct_conv(const DirectConv& args) {
   if (shape.rows == 0 || args.k == 0) return;
   const Layout layout(shape, args.threads);
   const Cut& work = layout.work;
-  const int64_t count = work.blocks * work.groups;
-#pragma omp parallel for schedule(static) num_threads(args.threads) if (count > 1)
-  for (int64_t task = 0; task < count; ++task) {
-    float* workspace = args.workspace + omp_get_thread_num() * layout.size();
-    const int64_t block = task / work.groups, group = task % work.groups;
-    const int64_t first = block * shape.row_blocks / work.blocks;
-    const int64_t last = (block + 1) * shape.row_blocks / work.blocks;
-    for (int64_t i = first; i < last; ++i) {
-      gather(args, shape.first(i), shape.first(i + 1) - shape.first(i),
-             layout.patches(workspace, i - first));
-    }
-    for (int64_t panel = group * shape.panels / work.groups;
-         panel < (group + 1) * shape.panels / work.groups; ++panel) {
-      for (int64_t start = 0; start < shape.depth; start += CHUNK) {
-        const int64_t depth = smaller(CHUNK, shape.depth - start);
-        const float* w = args.weights + (panel * shape.depth + start) * PACK;
-        const bool complete = start + depth == shape.depth;
-        // The next filters, in as many parts as there are row blocks.
-        const char* next = reinterpret_cast<const char*>(w + depth * PACK);
-        const int64_t step = cdiv(PACK * 4, last - first);
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t pixel = shape.first(i), rows = shape.first(i + 1) - pixel;
-          const int64_t channel = panel * PACK;
-          const Ahead ahead{next + (i - first) * depth * step, step,
-                            complete ? args.z + pixel * args.k + channel : nullptr, args.k};
-          multiply_rows(rows, std::make_integer_sequence<int, ROWS>{})(
-              layout.patches(workspace, i - first) + start * rows, w, depth, start == 0,
-              layout.sums(workspace, i - first), {&args, pixel, channel, complete}, ahead);
+  for (int64_t t = 0; t < args.threads; ++t) *layout.begun(args.workspace, t) = 0;
+  const int64_t ahead = work.near ? work.height * ROWS * args.c * args.stride_h * args.stride_w : 0;
+#pragma omp parallel num_threads(args.threads) if (work.units() > 1)
+  {
+    const int64_t thread = omp_get_thread_num();
+    float* patches = layout.of(args.workspace, thread);
+    float* sums = patches + work.height * layout.block;
+    float* row = sums + work.height * ROWS * PACK;
+    Queue queue{layout, args.workspace, thread, thread};
+    int64_t held = -1;  // the block whose patches are there
+    for (int64_t unit; (unit = queue.next()) >= 0;) {
+      const int64_t block = unit / work.groups, group = unit % work.groups;
+      const int64_t first = block * shape.row_blocks / work.blocks;
+      const int64_t last = (block + 1) * shape.row_blocks / work.blocks;
+      for (int64_t i = first; i < last && held != block; ++i) {
+        gather(args, shape.first(i), shape.first(i + 1) - shape.first(i),
+               patches + (i - first) * layout.block, row, ahead);
+      }
+      held = block;
+      for (int64_t panel = group * shape.panels / work.groups;
+           panel < (group + 1) * shape.panels / work.groups; ++panel) {
+        for (int64_t start = 0; start < shape.depth; start += CHUNK) {
+          const int64_t depth = smaller(CHUNK, shape.depth - start);
+          const float* w = args.weights + (panel * shape.depth + start) * PACK;
+          const bool complete = start + depth == shape.depth;
+          // The next filters, in as many parts as there are row blocks.
+          const char* next = reinterpret_cast<const char*>(w + depth * PACK);
+          const int64_t step = cdiv(PACK * 4, last - first);
+          for (int64_t i = first; i < last; ++i) {
+            const int64_t pixel = shape.first(i), rows = shape.first(i + 1) - pixel;
+            const int64_t channel = panel * PACK;
+            const Ahead asked{next + (i - first) * depth * step, step,
+                              complete ? args.z + pixel * args.k + channel : nullptr, args.k};
+            multiply_rows(rows, std::make_integer_sequence<int, ROWS>{})(
+                patches + (i - first) * layout.block + start * rows, w, depth, start == 0,
+                sums + (i - first) * ROWS * PACK, {&args, pixel, channel, complete}, asked);
+          }
         }
       }
     }
