@@ -1,5 +1,5 @@
-// Convolutions as matrix products on the CPU: rows of patches (NPQ, D) times filters (D, K), where D
-// counts the R * S * C values under a filter.
+// Convolutions as matrix products on the CPU: rows of patches (NPQ, D) times filters (D, K), where
+// D counts the R * S * C values under a filter.
 //
 // Compiled once per instruction set, as bn_act.cpp. Storage and arithmetic are fp32.
 #include <omp.h>
@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "isa.h"
+#include "queue.h"
 #include "tiles.h"
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
@@ -18,19 +19,15 @@ constexpr int ROWS = 14;
 #else
 constexpr int ROWS = 6;
 #endif
-#ifndef TUNE_SMALL
-#define TUNE_SMALL (16 * 1024)
-#define TUNE_UNITS 16
-#endif
 // Floats of patches that are kept while filters pass: what the level-2 cache holds, or a small part
 // of it where all filters, up to FILTERS floats, stay in it as well.
-constexpr int64_t RESIDENT = 240 * 1024, SMALL = TUNE_SMALL, FILTERS = 256 * 1024;
+constexpr int64_t RESIDENT = 240 * 1024, SMALL = 16 * 1024, FILTERS = 160 * 1024;
 // Values of a patch that are multiplied at a time: their filters, of one panel, lie in level 1.
 constexpr int64_t CHUNK = 128;
 // Values between two looks at what is to be asked for ahead.
 constexpr int PIECE = 8;
 // Units of work for each thread: what one has left, another may take.
-constexpr int64_t UNITS = TUNE_UNITS;
+constexpr int64_t UNITS = 16;
 // What it costs to gather a row block's patches, and to read a panel of filters from afar, in row
 // blocks multiplied with a panel.
 constexpr double GATHER = 0.35;
@@ -72,7 +69,8 @@ Cut cut(const Shape& shape, int64_t threads) {
     const double width = static_cast<double>(cdiv(shape.panels, groups));
     const double share = static_cast<double>(blocks) / static_cast<double>(threads);
     const double time = turns * width * height + (share < 1 ? 1 : share) * height * GATHER +
-                        (near ? 0 : share * shape.panels * READ);
+                        (near ? 0 : share * shape.panels * READ) +
+                        (threads > 1 ? width * height / 2 : 0);  // one waits for the other's last
     if (best.height == 0 || time < least) {
       least = time;
       best = {height, blocks, groups, near};
@@ -81,55 +79,29 @@ Cut cut(const Shape& shape, int64_t threads) {
   return best;
 }
 
-/// The workspace, in floats: a counter for each thread, a line each, and for each thread the patches
-/// of some row blocks, their sums and a row. A line lies between the patches of row blocks, lest
-/// they fall into the same cache sets.
+/// The workspace, in floats: a queue's, and for each thread the patches of some row blocks, their
+/// sums and a row. A line lies between the patches of row blocks, lest they fall into the same
+/// cache sets.
 struct Layout {
-  static constexpr int64_t LINE = 16;
   Cut work;
   int64_t threads, block, row;
 
   Layout(const Shape& shape, int64_t count)
       : work(cut(shape, count)),
         threads(count),
-        block(ROWS * padded(shape.depth) + LINE),
+        block(ROWS * padded(shape.depth) + 16),
         row(padded(shape.depth) + PACK) {}
 
-  /// The units of thread `t` that were begun.
-  int64_t* begun(float* workspace, int64_t t) const {
-    return reinterpret_cast<int64_t*>(workspace + t * LINE);
-  }
-  float* of(float* workspace, int64_t t) const { return workspace + threads * LINE + t * share(); }
   int64_t share() const { return work.height * (block + ROWS * PACK) + row; }
-  int64_t size() const { return threads * (LINE + share()); }
-};
-
-/// Hands units out: to each thread its own in order, then what others have not begun.
-struct Queue {
-  const Layout& layout;
-  float* workspace;
-  int64_t thread, victim;
-
-  /// The next unit, or -1.
-  int64_t next() {
-    const int64_t units = layout.work.units(), threads = layout.threads;
-    for (; victim < thread + threads; ++victim) {
-      const int64_t t = victim % threads;
-      const int64_t unit = t * units / threads +
-                           __atomic_fetch_add(layout.begun(workspace, t), 1, __ATOMIC_RELAXED);
-      if (unit < (t + 1) * units / threads) return unit;
-    }
-    return -1;
+  float* of(float* workspace, int64_t t) const {
+    return workspace + Queue::size(threads) + t * share();
   }
+  int64_t size() const { return Queue::size(threads) + threads * share(); }
 };
 
-/// `count` floats, a multiple of PACK, from x to packs that lie `step` floats apart; what lies
-/// `ahead` floats behind x is asked for.
-RESNET_FAST_INLINE void copy_packs(const float* x, int64_t count, float* v, int64_t step,
-                                   int64_t ahead) {
+/// `count` floats, a multiple of PACK, from x to packs that lie `step` floats apart.
+RESNET_FAST_INLINE void copy_packs(const float* x, int64_t count, float* v, int64_t step) {
   for (; count > 0; count -= PACK, x += PACK, v += step) {
-    __builtin_prefetch(x + ahead, 0, 2);
-    __builtin_prefetch(x + ahead + PACK - 1, 0, 2);
     store(v, load(x));
     store(v + LANES, load(x + LANES));
   }
@@ -142,7 +114,8 @@ RESNET_FAST_INLINE void clear_packs(int64_t count, float* v, int64_t step) {
   }
 }
 
-/// `count` floats from x, and up to a vector more where `end`, the end of all memory, is far enough.
+/// `count` floats from x, and up to a vector more where `end`, the end of all memory, is far
+/// enough.
 RESNET_FAST_INLINE void copy_over(const float* x, int64_t count, float* v, const float* end) {
   if (x + count + LANES > end) {
     __builtin_memcpy(v, x, count * sizeof(float));
@@ -151,11 +124,17 @@ RESNET_FAST_INLINE void copy_over(const float* x, int64_t count, float* v, const
   for (int64_t i = 0; i < count; i += LANES) store(v + i, load(x + i));
 }
 
+/// Where in x, about, the patch of a pixel begins.
+int64_t input_of(const DirectConv& args, int64_t pixel) {
+  const int64_t line = pixel / args.q % args.p * args.stride_h;
+  const int64_t column = pixel % args.q * args.stride_w;
+  return ((pixel / args.q / args.p * args.h + line) * args.w + column) * args.c;
+}
+
 /// The patches of the pixels [first, first + count), a row block, into v: (packs, count, PACK).
 /// Values lie as the filters' do: taps row by row, all channels of each. `row` has room for one
-/// patch and a pack, `ahead` floats further the next row blocks' values lie.
-void gather(const DirectConv& args, int64_t first, int64_t count, float* v, float* row,
-            int64_t ahead) {
+/// patch and a pack.
+void gather(const DirectConv& args, int64_t first, int64_t count, float* v, float* row) {
   const int64_t depth = args.r * args.s * args.c, step = count * PACK;
   const bool whole = args.c % PACK == 0;  // then no pack has values of two taps
   const float* memory_end = args.x + args.n * args.h * args.w * args.c;
@@ -175,7 +154,7 @@ void gather(const DirectConv& args, int64_t first, int64_t count, float* v, floa
       if (whole) {
         if (in) {
           clear_packs(before, out, step);
-          copy_packs(x, values, out + before * count, step, ahead);
+          copy_packs(x, values, out + before * count, step);
           clear_packs(after, out + (before + values) * count, step);
         } else {
           clear_packs(args.s * args.c, out, step);
@@ -192,7 +171,7 @@ void gather(const DirectConv& args, int64_t first, int64_t count, float* v, floa
         out += args.s * args.c;
       }
     }
-    if (!whole) copy_packs(row, depth, v, step, 0);
+    if (!whole) copy_packs(row, depth, v, step);
     if (++column == args.q) {
       column = 0;
       if (++line == args.p) line = 0, ++image;
@@ -200,10 +179,10 @@ void gather(const DirectConv& args, int64_t first, int64_t count, float* v, floa
   }
 }
 
-/// What is asked for while a row block is multiplied: filters, `step` bytes further at every value
-/// of the depth, and rows of z or of the residual, two at every piece.
+/// What is asked for while a row block is multiplied: a piece of memory, `step` bytes further at
+/// every value of the depth, and rows of z or of the residual, two at every piece.
 struct Ahead {
-  const char* filters;
+  const char* operand;
   int64_t step;
   const float* tile;
   int64_t stride;
@@ -246,8 +225,8 @@ RESNET_FAST_INLINE void finish(Vec (&sum)[N][2], const Target& target, Lanes lan
   }
 }
 
-/// The sums m (N, PACK) += v x w over `depth` values, begun at 0 where `begins`: v (packs, N, PACK),
-/// w (depth, PACK). Where they are complete they go to z instead.
+/// The sums m (N, PACK) += v x w over `depth` values, begun at 0 where `begins`: v (packs, N,
+/// PACK), w (depth, PACK). Where they are complete they go to z instead.
 template <int N>
 void multiply(const float* v, const float* w, int64_t depth, bool begins, float* m,
               const Target& target, Ahead ahead) {
@@ -263,8 +242,8 @@ void multiply(const float* v, const float* w, int64_t depth, bool begins, float*
       }
       asked += 2;
       const int64_t stop = smaller(i + PIECE, end);
-      for (int64_t j = i; j < stop; ++j, w += PACK, ahead.filters += ahead.step) {
-        __builtin_prefetch(ahead.filters, 0, 2);
+      for (int64_t j = i; j < stop; ++j, w += PACK, ahead.operand += ahead.step) {
+        __builtin_prefetch(ahead.operand, 0, 2);
         const Vec left = load(w), right = load(w + LANES);
 #pragma GCC unroll 14
         for (int r = 0; r < N; ++r) {
@@ -318,42 +297,49 @@ void direct_conv(const DirectConv& args) {
   if (shape.rows == 0 || args.k == 0) return;
   const Layout layout(shape, args.threads);
   const Cut& work = layout.work;
-  for (int64_t t = 0; t < args.threads; ++t) *layout.begun(args.workspace, t) = 0;
-  const int64_t ahead = work.near ? work.height * ROWS * args.c * args.stride_h * args.stride_w : 0;
+  Queue::reset(args.workspace, args.threads);
 #pragma omp parallel num_threads(args.threads) if (work.units() > 1)
   {
     const int64_t thread = omp_get_thread_num();
     float* patches = layout.of(args.workspace, thread);
     float* sums = patches + work.height * layout.block;
     float* row = sums + work.height * ROWS * PACK;
-    Queue queue{layout, args.workspace, thread, thread};
-    int64_t held = -1;  // the block whose patches are there
+    Queue queue(work.units(), args.workspace, args.threads, thread);
+    int64_t held = -1, blocks_held = 0;  // the block whose patches are there, and how many were
     for (int64_t unit; (unit = queue.next()) >= 0;) {
       const int64_t block = unit / work.groups, group = unit % work.groups;
       const int64_t first = block * shape.row_blocks / work.blocks;
-      const int64_t last = (block + 1) * shape.row_blocks / work.blocks;
+      const int64_t last = (block + 1) * shape.row_blocks / work.blocks, height = last - first;
       for (int64_t i = first; i < last && held != block; ++i) {
         gather(args, shape.first(i), shape.first(i + 1) - shape.first(i),
-               patches + (i - first) * layout.block, row, ahead);
+               patches + (i - first) * layout.block, row);
       }
+      blocks_held += held != block;
       held = block;
-      for (int64_t panel = group * shape.panels / work.groups;
-           panel < (group + 1) * shape.panels / work.groups; ++panel) {
+      const int64_t panel_end = (group + 1) * shape.panels / work.groups;
+      int64_t panel = group * shape.panels / work.groups;
+      // The next chunk's filters or, where they were read before and are near, the next block's
+      // pixels.
+      const bool reads_filters = !work.near || blocks_held <= 1;
+      const int64_t pixels = height * ROWS * args.c * args.stride_h * args.stride_w * 4;
+      Ahead ahead{reinterpret_cast<const char*>(args.x + input_of(args, shape.first(last))),
+                  cdiv(pixels, (panel_end - panel) * shape.depth * height), nullptr, args.k};
+      for (; panel < panel_end; ++panel) {
         for (int64_t start = 0; start < shape.depth; start += CHUNK) {
           const int64_t depth = smaller(CHUNK, shape.depth - start);
           const float* w = args.weights + (panel * shape.depth + start) * PACK;
           const bool complete = start + depth == shape.depth;
-          // The next filters, in as many parts as there are row blocks.
-          const char* next = reinterpret_cast<const char*>(w + depth * PACK);
-          const int64_t step = cdiv(PACK * 4, last - first);
-          for (int64_t i = first; i < last; ++i) {
+          if (reads_filters) {
+            ahead.operand = reinterpret_cast<const char*>(w + depth * PACK);
+            ahead.step = cdiv(PACK * 4, height);
+          }
+          for (int64_t i = first; i < last; ++i, ahead.operand += depth * ahead.step) {
             const int64_t pixel = shape.first(i), rows = shape.first(i + 1) - pixel;
             const int64_t channel = panel * PACK;
-            const Ahead asked{next + (i - first) * depth * step, step,
-                              complete ? args.z + pixel * args.k + channel : nullptr, args.k};
+            ahead.tile = complete ? args.z + pixel * args.k + channel : nullptr;
             multiply_rows(rows, std::make_integer_sequence<int, ROWS>{})(
                 patches + (i - first) * layout.block + start * rows, w, depth, start == 0,
-                sums + (i - first) * ROWS * PACK, {&args, pixel, channel, complete}, asked);
+                sums + (i - first) * ROWS * PACK, {&args, pixel, channel, complete}, ahead);
           }
         }
       }

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "isa.h"
+#include "queue.h"
 #include "tiles.h"
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
@@ -32,6 +33,8 @@ constexpr int PIECE = 8;
 constexpr double EXPAND = 0.4;
 // What it costs to transform a row block's channels, in panels multiplied with it.
 constexpr double TRANSFORM = 0.1;
+// Units of work for each thread: what one has left, another may take.
+constexpr int64_t UNITS = 8;
 
 /// The transforms along one axis, on vectors of channels.
 template <int M>
@@ -88,7 +91,8 @@ struct Place {
   }
 };
 
-/// How the work is cut: `blocks` of at most `rows` row blocks each, times `groups` of panels.
+/// How the work is cut: `blocks` of at most `rows` row blocks each, times `groups` of panels. All
+/// groups of a block stand together in the order of units.
 struct Cut {
   int64_t row_blocks, rows, blocks, groups;
 };
@@ -101,14 +105,16 @@ Cut cut(int64_t tiles, int64_t c, int64_t k, int64_t threads, int area) {
   double least = 0;
   for (int64_t rows = most; rows >= 1; --rows) {
     const int64_t blocks = cdiv(row_blocks, rows);
-    for (int64_t groups = 1; groups <= smaller(panels, threads); ++groups) {
-      const double turns = static_cast<double>(cdiv(blocks * groups, threads));
-      const double width = static_cast<double>(cdiv(panels, groups));
-      const double time = turns * (width * (rows + EXPAND) + rows * TRANSFORM);
-      if (best.rows == 0 || time < least) {
-        least = time;
-        best = {row_blocks, rows, blocks, groups};
-      }
+    const int64_t groups = smaller(cdiv(UNITS * threads, blocks), panels);
+    const double turns = static_cast<double>(cdiv(blocks * groups, threads));
+    const double unit = static_cast<double>(cdiv(panels, groups)) * (rows + EXPAND);
+    const double share = static_cast<double>(blocks) / static_cast<double>(threads);
+    // Behind its last unit a thread waits for the others'.
+    const double time = (turns + (threads > 1 ? 0.5 : 0)) * unit +
+                        (share < 1 ? 1 : share) * static_cast<double>(rows) * TRANSFORM;
+    if (best.rows == 0 || time < least) {
+      least = time;
+      best = {row_blocks, rows, blocks, groups};
     }
   }
   return best;
@@ -375,7 +381,7 @@ void transform_output(const WinogradConv& args, const Grid<M>& grid, int64_t fir
 // z = act(At [ (G g Gt) * (Bt d B) ] A + shift + residual), d the patches of x
 // Shapes    x (N, H, W, C), residual, z (N, H, W, K) channels-last; u (panels, padded(C), 9, PACK)
 //           fp32, a panel PACK output channels; shift (K,) fp32
-// Tiles     some row blocks of at most ROWS tiles, times a group of panels; in it panels in turn,
+// Tiles     some row blocks of at most ROWS tiles, times a group of panels: a unit; in it panels,
 //           CHUNK input channels of filters, row blocks, A^2 parts; see cut()
 // Traffic   reads x (A / M)^2 times, mostly from caches, u once per block of row blocks, writes z
 // Numerics  fp32 from load to store; sums over C in order, one rounding, at the store
@@ -390,43 +396,50 @@ void winograd_conv_kernel(const WinogradConv& args) {
   const Cut& work = layout.work;
   const int64_t tiles = grid.count(), c = padded(args.c), panels = cdiv(args.k, PACK);
   const int64_t count = work.blocks * work.groups;
-#pragma omp parallel for schedule(static) num_threads(args.threads) if (count > 1)
-  for (int64_t task = 0; task < count; ++task) {
-    float* workspace = args.workspace + omp_get_thread_num() * layout.size();
-    const int64_t block = task / work.groups, group = task % work.groups;
-    const int64_t first = block * work.row_blocks / work.blocks;
-    const int64_t last = (block + 1) * work.row_blocks / work.blocks;
-    // The first tile of a row block: they are all alike, but for one tile.
-    const auto tile = [&](int64_t i) { return i * tiles / work.row_blocks; };
-    for (int64_t i = first; i < last; ++i) {
-      transform_input<M, T>(args, grid, tile(i), tile(i + 1) - tile(i),
-                            layout.inputs(workspace, i - first));
-    }
-    for (int64_t panel = group * panels / work.groups; panel < (group + 1) * panels / work.groups;
-         ++panel) {
-      for (int64_t channel = 0; channel < c; channel += CHUNK) {
-        const int64_t depth = smaller(CHUNK, c - channel);
-        const float* w = args.u + (panel * c + channel) * 9 * PACK;
-        float* u = layout.chunk(workspace);
-        transform_filters<M>(w, depth, u);
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t rows = tile(i + 1) - tile(i);
-          const Multiply f = multiply_rows(rows, std::make_integer_sequence<int, ROWS>{});
-          const float* v = layout.inputs(workspace, i - first) + channel * area * rows;
-          float* m = layout.products(workspace, i - first);
-          const bool begins = channel == 0, ends = channel + depth == c;
-          // The next filters: 9 lines to a half of 16 channels.
-          const char* next = reinterpret_cast<const char*>(w + depth * 9 * PACK);
-          const int64_t step = i == first ? 9 * PACK * 4 / area : 0;
-          for (int part = 0; part < area; ++part) {
-            f(v + part * rows * PACK, u + part * PIECE * PACK, depth / PACK, area, begins,
-              m + part * rows * PACK, next + part * depth * step, step);
+  Queue::reset(args.workspace, args.threads);
+#pragma omp parallel num_threads(args.threads) if (count > 1)
+  {
+    const int64_t thread = omp_get_thread_num();
+    float* workspace = args.workspace + Queue::size(args.threads) + thread * layout.size();
+    Queue queue(count, args.workspace, args.threads, thread);
+    int64_t held = -1;  // the block whose input is there
+    for (int64_t unit; (unit = queue.next()) >= 0;) {
+      const int64_t block = unit / work.groups, group = unit % work.groups;
+      const int64_t first = block * work.row_blocks / work.blocks;
+      const int64_t last = (block + 1) * work.row_blocks / work.blocks;
+      // The first tile of a row block: they are all alike, but for one tile.
+      const auto tile = [&](int64_t i) { return i * tiles / work.row_blocks; };
+      for (int64_t i = first; i < last && held != block; ++i) {
+        transform_input<M, T>(args, grid, tile(i), tile(i + 1) - tile(i),
+                              layout.inputs(workspace, i - first));
+      }
+      held = block;
+      for (int64_t panel = group * panels / work.groups; panel < (group + 1) * panels / work.groups;
+           ++panel) {
+        for (int64_t channel = 0; channel < c; channel += CHUNK) {
+          const int64_t depth = smaller(CHUNK, c - channel);
+          const float* w = args.u + (panel * c + channel) * 9 * PACK;
+          float* u = layout.chunk(workspace);
+          transform_filters<M>(w, depth, u);
+          for (int64_t i = first; i < last; ++i) {
+            const int64_t rows = tile(i + 1) - tile(i);
+            const Multiply f = multiply_rows(rows, std::make_integer_sequence<int, ROWS>{});
+            const float* v = layout.inputs(workspace, i - first) + channel * area * rows;
+            float* m = layout.products(workspace, i - first);
+            const bool begins = channel == 0, ends = channel + depth == c;
+            // The next filters: 9 lines to a half of 16 channels.
+            const char* next = reinterpret_cast<const char*>(w + depth * 9 * PACK);
+            const int64_t step = i == first ? 9 * PACK * 4 / area : 0;
+            for (int part = 0; part < area; ++part) {
+              f(v + part * rows * PACK, u + part * PIECE * PACK, depth / PACK, area, begins,
+                m + part * rows * PACK, next + part * depth * step, step);
+            }
+            if (!ends) continue;
+            for_each_pack(panel * PACK, smaller((panel + 1) * PACK, args.k),
+                          [&](int64_t first_k, auto lanes) {
+                            transform_output<M, T>(args, grid, tile(i), rows, m, first_k, lanes);
+                          });
           }
-          if (!ends) continue;
-          for_each_pack(panel * PACK, smaller((panel + 1) * PACK, args.k),
-                        [&](int64_t first_k, auto lanes) {
-                          transform_output<M, T>(args, grid, tile(i), rows, m, first_k, lanes);
-                        });
         }
       }
     }
@@ -472,7 +485,7 @@ void winograd_weight_kernel(const WinogradWeight& args) {
 }
 
 int64_t winograd_workspace(const WinogradConv& args) {
-  return args.threads * Layout<2>(args).size();
+  return Queue::size(args.threads) + args.threads * Layout<2>(args).size();
 }
 
 void winograd_conv(const WinogradConv& args) {
