@@ -21,7 +21,9 @@ constexpr int ROWS = 6;
 #endif
 // Floats of patches that are kept while filters pass: what the level-2 cache holds, or a small part
 // of it where all filters, up to FILTERS floats, stay in it as well.
-constexpr int64_t RESIDENT = 240 * 1024, SMALL = 16 * 1024, FILTERS = 160 * 1024;
+constexpr int64_t RESIDENT = 280 * 1024, SMALL = 16 * 1024, FILTERS = 160 * 1024;
+// Row blocks that are to share what is read of the filters, even so.
+constexpr int64_t FEWEST = 4;
 // Values of a patch that are multiplied at a time: their filters, of one panel, lie in level 1.
 constexpr int64_t CHUNK = 128;
 // Values between two looks at what is to be asked for ahead.
@@ -58,7 +60,9 @@ struct Cut {
 
 Cut cut(const Shape& shape, int64_t threads) {
   const bool near = shape.depth * shape.panels * PACK <= FILTERS;
-  int64_t most = (near ? SMALL : RESIDENT) / (ROWS * padded(shape.depth));
+  const int64_t block = ROWS * padded(shape.depth);
+  int64_t most = RESIDENT / block;
+  if (near) most = smaller(most, SMALL / block < FEWEST ? FEWEST : SMALL / block);
   most = most < 1 ? 1 : smaller(most, shape.row_blocks);
   Cut best{};
   double least = 0;
