@@ -158,7 +158,9 @@ def test_filters_in_any_layout(layout: str) -> None:
     assert_same_bits(direct.weight(w), direct.weight(o.w))
 
 
-@pytest.mark.parametrize("shape", [*SHAPES[:6], Shape(2, 31, 65, 9, 30)], ids=lambda shape: "-".join(map(str, shape[:7])))
+@pytest.mark.parametrize(
+    "shape", [*SHAPES[:6], Shape(2, 31, 65, 9, 30)], ids=lambda shape: "-".join(map(str, shape[:7]))
+)
 def test_same_bits_by_any_threads(shape: Shape) -> None:
     o = operands(shape)
     threads = torch.get_num_threads()
@@ -188,6 +190,13 @@ def test_empty_batch() -> None:
 
 # ---- where it is used
 
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By shape alone, whatever instruction set there is."""
+    monkeypatch.setattr(direct, "_has_registers", lambda: True)
+
+
 GEOMETRY: dict[str, object] = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
 PLAIN: dict[str, object] = {
     "device": torch.device("cpu"),
@@ -204,18 +213,26 @@ PLAIN: dict[str, object] = {
         {"dilation": [2, 2], "w_size": [64, 256, 3, 3]},
         {"groups": 2},
         {"w_size": [64, 3, 7, 7]},
+        {"input_size": [1, 256, 57, 57]},
         {"dtype": torch.bfloat16},
         {"device": torch.device("meta")},
     ],
     ids=lambda change: "-".join(change),
 )
+@pytest.mark.usefixtures("anywhere")
 def test_why_not(change: dict[str, object]) -> None:
     assert direct.why_not(**PLAIN) is None
     assert direct.why_not(**{**PLAIN, **change})
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_dilation_means_nothing_to_one_tap() -> None:
     assert direct.why_not(**{**PLAIN, "dilation": [2, 2]}) is None
+
+
+def test_not_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_has_registers", lambda: False)
+    assert "AVX-512" in (direct.why_not(**PLAIN) or "")
 
 
 def _skip_without_onednn() -> None:
@@ -224,6 +241,7 @@ def _skip_without_onednn() -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_a_prepared_weight_is_checked() -> None:
     _skip_without_onednn()
     o = operands(Shape(1, 256, 64, 6, 6))
@@ -245,6 +263,7 @@ def test_a_prepared_weight_is_checked() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_fused_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference at 96 px against float64, beside eager torch, at two input sizes."""

@@ -2,8 +2,6 @@
 // D counts the R * S * C values under a filter.
 //
 // Compiled once per instruction set, as bn_act.cpp. Storage and arithmetic are fp32.
-#include <omp.h>
-
 #include <utility>
 
 #include "isa.h"
@@ -238,13 +236,12 @@ void multiply(const float* v, const float* w, int64_t depth, bool begins, float*
   int64_t asked = 0;
   for (int64_t pack = 0; pack < depth; pack += PACK, v += N * PACK) {
     const int64_t end = smaller(PACK, depth - pack);
-    for (int64_t i = 0; i < end; i += PIECE) {
+    for (int64_t i = 0; i < end; i += PIECE, asked += 2) {
       for (int64_t row = asked; row < asked + 2 && row < N && ahead.tile; ++row) {
         const float* line = ahead.tile + row * ahead.stride;
         __builtin_prefetch(line, 1, 3);
         __builtin_prefetch(line + PACK - 1, 1, 3);
       }
-      asked += 2;
       const int64_t stop = smaller(i + PIECE, end);
       for (int64_t j = i; j < stop; ++j, w += PACK, ahead.operand += ahead.step) {
         __builtin_prefetch(ahead.operand, 0, 2);
@@ -290,69 +287,63 @@ Multiply multiply_rows(int64_t rows, std::integer_sequence<int, N...>) {
 // z = act(conv(x, w) + shift + residual)
 // Shapes    x (N, H, W, C), residual, z (N, P, Q, K) channels-last; w (panels, R, S, C, PACK), a
 //           panel PACK output channels; shift (K,)
-// Tiles     some row blocks of at most ROWS pixels, times a group of panels; in it panels in turn,
+// Tiles     some row blocks of at most ROWS pixels, times a group of panels: a unit; in it panels,
 //           CHUNK values under a filter, row blocks; see cut()
 // Traffic   reads x R * S / stride^2 times, mostly from caches, w once per block of row blocks,
 //           writes z
 // Numerics  fp32; sums of CHUNK products in order, added in order
-// Source    docs/conv.md
+// Source    docs/conv.md entries 26 to 33
 void direct_conv(const DirectConv& args) {
   const Shape shape(args);
   if (shape.rows == 0 || args.k == 0) return;
   const Layout layout(shape, args.threads);
   const Cut& work = layout.work;
-  Queue::reset(args.workspace, args.threads);
-#pragma omp parallel num_threads(args.threads) if (work.units() > 1)
-  {
-    const int64_t thread = omp_get_thread_num();
+  const auto run = [&](int64_t unit, int64_t before, int64_t thread) {
     float* patches = layout.of(args.workspace, thread);
     float* sums = patches + work.height * layout.block;
     float* row = sums + work.height * ROWS * PACK;
-    Queue queue(work.units(), args.workspace, args.threads, thread);
-    int64_t held = -1, blocks_held = 0;  // the block whose patches are there, and how many were
-    for (int64_t unit; (unit = queue.next()) >= 0;) {
-      const int64_t block = unit / work.groups, group = unit % work.groups;
-      const int64_t first = block * shape.row_blocks / work.blocks;
-      const int64_t last = (block + 1) * shape.row_blocks / work.blocks, height = last - first;
-      for (int64_t i = first; i < last && held != block; ++i) {
-        gather(args, shape.first(i), shape.first(i + 1) - shape.first(i),
-               patches + (i - first) * layout.block, row);
-      }
-      blocks_held += held != block;
-      held = block;
-      const int64_t panel_end = (group + 1) * shape.panels / work.groups;
-      int64_t panel = group * shape.panels / work.groups;
-      // The next chunk's filters or, where they were read before and are near, the next block's
-      // pixels.
-      const bool reads_filters = !work.near || blocks_held <= 1;
-      const int64_t pixels = height * ROWS * args.c * args.stride_h * args.stride_w * 4;
-      Ahead ahead{reinterpret_cast<const char*>(args.x + input_of(args, shape.first(last))),
-                  cdiv(pixels, (panel_end - panel) * shape.depth * height), nullptr, args.k};
-      for (; panel < panel_end; ++panel) {
-        for (int64_t start = 0; start < shape.depth; start += CHUNK) {
-          const int64_t depth = smaller(CHUNK, shape.depth - start);
-          const float* w = args.weights + (panel * shape.depth + start) * PACK;
-          const bool complete = start + depth == shape.depth;
-          if (reads_filters) {
-            ahead.operand = reinterpret_cast<const char*>(w + depth * PACK);
-            ahead.step = cdiv(PACK * 4, height);
-          }
-          for (int64_t i = first; i < last; ++i, ahead.operand += depth * ahead.step) {
-            const int64_t pixel = shape.first(i), rows = shape.first(i + 1) - pixel;
-            const int64_t channel = panel * PACK;
-            ahead.tile = complete ? args.z + pixel * args.k + channel : nullptr;
-            multiply_rows(rows, std::make_integer_sequence<int, ROWS>{})(
-                patches + (i - first) * layout.block + start * rows, w, depth, start == 0,
-                sums + (i - first) * ROWS * PACK, {&args, pixel, channel, complete}, ahead);
-          }
+    const int64_t block = unit / work.groups, group = unit % work.groups;
+    const int64_t first = block * shape.row_blocks / work.blocks;
+    const int64_t last = (block + 1) * shape.row_blocks / work.blocks, height = last - first;
+    const bool held = before >= 0 && before / work.groups == block;
+    for (int64_t i = first; i < last && !held; ++i) {
+      gather(args, shape.first(i), shape.first(i + 1) - shape.first(i),
+             patches + (i - first) * layout.block, row);
+    }
+    const int64_t panel_end = (group + 1) * shape.panels / work.groups;
+    int64_t panel = group * shape.panels / work.groups;
+    // The next chunk's filters or, where the thread's first block brought them near, the next
+    // block's pixels.
+    const int64_t begun = thread * work.units() / args.threads / work.groups;
+    const bool reads_filters = !work.near || block == begun;
+    const int64_t pixels = height * ROWS * args.c * args.stride_h * args.stride_w * 4;
+    Ahead ahead{reinterpret_cast<const char*>(args.x + input_of(args, shape.first(last))),
+                cdiv(pixels, (panel_end - panel) * shape.depth * height), nullptr, args.k};
+    for (; panel < panel_end; ++panel) {
+      for (int64_t start = 0; start < shape.depth; start += CHUNK) {
+        const int64_t depth = smaller(CHUNK, shape.depth - start);
+        const float* w = args.weights + (panel * shape.depth + start) * PACK;
+        const bool complete = start + depth == shape.depth;
+        if (reads_filters) {
+          ahead.operand = reinterpret_cast<const char*>(w + depth * PACK);
+          ahead.step = cdiv(PACK * 4, height);
+        }
+        for (int64_t i = first; i < last; ++i, ahead.operand += depth * ahead.step) {
+          const int64_t pixel = shape.first(i), rows = shape.first(i + 1) - pixel;
+          const int64_t channel = panel * PACK;
+          ahead.tile = complete ? args.z + pixel * args.k + channel : nullptr;
+          multiply_rows(rows, std::make_integer_sequence<int, ROWS>{})(
+              patches + (i - first) * layout.block + start * rows, w, depth, start == 0,
+              sums + (i - first) * ROWS * PACK, {&args, pixel, channel, complete}, ahead);
         }
       }
     }
-  }
+  };
+  for_each_unit(work.units(), args.workspace, args.threads, run);
 }
 
 int64_t direct_workspace(const DirectConv& args) {
-  return args.threads * Layout(Shape(args), args.threads).size();
+  return Layout(Shape(args), args.threads).size();
 }
 
 int64_t direct_panel() { return PACK; }

@@ -5,6 +5,8 @@
 // Included by what is compiled once for each instruction set: everything is local to its file.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
@@ -45,6 +47,20 @@ class Queue {
   float* workspace_;
   int64_t threads_, thread_, victim_;
 };
+
+/// Calls body(unit, before, thread) on all units, by at most `threads` threads. `before` is the
+/// unit that this thread ran last, or -1. The workspace has Queue::size(threads) floats.
+template <class Body>
+void for_each_unit(int64_t units, float* workspace, int64_t threads, const Body& body) {
+  Queue::reset(workspace, threads);
+#pragma omp parallel num_threads(threads) if (units > 1)
+  {
+    const int64_t thread = omp_get_thread_num();
+    Queue queue(units, workspace, threads, thread);
+    int64_t before = -1;
+    for (int64_t unit; (unit = queue.next()) >= 0; before = unit) body(unit, before, thread);
+  }
+}
 
 }  // namespace
 }  // namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE

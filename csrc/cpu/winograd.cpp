@@ -6,8 +6,6 @@
 // With d an (A x A) patch of the input, A = M + 2, and g a filter, the tile of outputs is
 //   Y = At [ (G g Gt) * (Bt d B) ] A,   * elementwise, summed over the input channels:
 // A^2 matrix products (tiles, C) x (C, K). docs/conv.md has the matrices.
-#include <omp.h>
-
 #include <type_traits>
 
 #include "isa.h"
@@ -385,7 +383,7 @@ void transform_output(const WinogradConv& args, const Grid<M>& grid, int64_t fir
 //           CHUNK input channels of filters, row blocks, A^2 parts; see cut()
 // Traffic   reads x (A / M)^2 times, mostly from caches, u once per block of row blocks, writes z
 // Numerics  fp32 from load to store; sums over C in order, one rounding, at the store
-// Source    docs/conv.md entries 15 to 23; Lavin and Gray, Fast Algorithms for Convolutional Neural
+// Source    docs/conv.md entries 15 to 23, 30; Lavin and Gray, Fast Algorithms for Convolutional Neural
 //           Networks, 2015
 template <int M, class T>
 void winograd_conv_kernel(const WinogradConv& args) {
@@ -396,54 +394,48 @@ void winograd_conv_kernel(const WinogradConv& args) {
   const Cut& work = layout.work;
   const int64_t tiles = grid.count(), c = padded(args.c), panels = cdiv(args.k, PACK);
   const int64_t count = work.blocks * work.groups;
-  Queue::reset(args.workspace, args.threads);
-#pragma omp parallel num_threads(args.threads) if (count > 1)
-  {
-    const int64_t thread = omp_get_thread_num();
+  const auto run = [&](int64_t unit, int64_t before, int64_t thread) {
     float* workspace = args.workspace + Queue::size(args.threads) + thread * layout.size();
-    Queue queue(count, args.workspace, args.threads, thread);
-    int64_t held = -1;  // the block whose input is there
-    for (int64_t unit; (unit = queue.next()) >= 0;) {
-      const int64_t block = unit / work.groups, group = unit % work.groups;
-      const int64_t first = block * work.row_blocks / work.blocks;
-      const int64_t last = (block + 1) * work.row_blocks / work.blocks;
-      // The first tile of a row block: they are all alike, but for one tile.
-      const auto tile = [&](int64_t i) { return i * tiles / work.row_blocks; };
-      for (int64_t i = first; i < last && held != block; ++i) {
-        transform_input<M, T>(args, grid, tile(i), tile(i + 1) - tile(i),
-                              layout.inputs(workspace, i - first));
-      }
-      held = block;
-      for (int64_t panel = group * panels / work.groups; panel < (group + 1) * panels / work.groups;
-           ++panel) {
-        for (int64_t channel = 0; channel < c; channel += CHUNK) {
-          const int64_t depth = smaller(CHUNK, c - channel);
-          const float* w = args.u + (panel * c + channel) * 9 * PACK;
-          float* u = layout.chunk(workspace);
-          transform_filters<M>(w, depth, u);
-          for (int64_t i = first; i < last; ++i) {
-            const int64_t rows = tile(i + 1) - tile(i);
-            const Multiply f = multiply_rows(rows, std::make_integer_sequence<int, ROWS>{});
-            const float* v = layout.inputs(workspace, i - first) + channel * area * rows;
-            float* m = layout.products(workspace, i - first);
-            const bool begins = channel == 0, ends = channel + depth == c;
-            // The next filters: 9 lines to a half of 16 channels.
-            const char* next = reinterpret_cast<const char*>(w + depth * 9 * PACK);
-            const int64_t step = i == first ? 9 * PACK * 4 / area : 0;
-            for (int part = 0; part < area; ++part) {
-              f(v + part * rows * PACK, u + part * PIECE * PACK, depth / PACK, area, begins,
-                m + part * rows * PACK, next + part * depth * step, step);
-            }
-            if (!ends) continue;
-            for_each_pack(panel * PACK, smaller((panel + 1) * PACK, args.k),
-                          [&](int64_t first_k, auto lanes) {
-                            transform_output<M, T>(args, grid, tile(i), rows, m, first_k, lanes);
-                          });
+    const int64_t block = unit / work.groups, group = unit % work.groups;
+    const int64_t first = block * work.row_blocks / work.blocks;
+    const int64_t last = (block + 1) * work.row_blocks / work.blocks;
+    const bool held = before >= 0 && before / work.groups == block;
+    // The first tile of a row block: they are all alike, but for one tile.
+    const auto tile = [&](int64_t i) { return i * tiles / work.row_blocks; };
+    for (int64_t i = first; i < last && !held; ++i) {
+      transform_input<M, T>(args, grid, tile(i), tile(i + 1) - tile(i),
+                            layout.inputs(workspace, i - first));
+    }
+    for (int64_t panel = group * panels / work.groups; panel < (group + 1) * panels / work.groups;
+         ++panel) {
+      for (int64_t channel = 0; channel < c; channel += CHUNK) {
+        const int64_t depth = smaller(CHUNK, c - channel);
+        const float* w = args.u + (panel * c + channel) * 9 * PACK;
+        float* u = layout.chunk(workspace);
+        transform_filters<M>(w, depth, u);
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t rows = tile(i + 1) - tile(i);
+          const Multiply f = multiply_rows(rows, std::make_integer_sequence<int, ROWS>{});
+          const float* v = layout.inputs(workspace, i - first) + channel * area * rows;
+          float* m = layout.products(workspace, i - first);
+          const bool begins = channel == 0, ends = channel + depth == c;
+          // The next filters: 9 lines to a half of 16 channels.
+          const char* next = reinterpret_cast<const char*>(w + depth * 9 * PACK);
+          const int64_t step = i == first ? 9 * PACK * 4 / area : 0;
+          for (int part = 0; part < area; ++part) {
+            f(v + part * rows * PACK, u + part * PIECE * PACK, depth / PACK, area, begins,
+              m + part * rows * PACK, next + part * depth * step, step);
           }
+          if (!ends) continue;
+          for_each_pack(panel * PACK, smaller((panel + 1) * PACK, args.k),
+                        [&](int64_t first_k, auto lanes) {
+                          transform_output<M, T>(args, grid, tile(i), rows, m, first_k, lanes);
+                        });
         }
       }
     }
-  }
+  };
+  for_each_unit(count, args.workspace, args.threads, run);
 }
 
 // u[panel, c, tap, k] = w[k, c, tap], halved in the middle row and in the middle column

@@ -6,6 +6,7 @@ where ``why_not`` lets them (docs/conv.md). Filters are laid out once, by ``weig
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -28,6 +29,12 @@ _CHANNELS = 16
 _PIXELS = 3200
 
 
+@functools.cache
+def _has_registers() -> bool:
+    """Whether the kernels' instruction set keeps a tile of sums in registers: 28 vectors and what is multiplied."""
+    return _C.cpu.isa() == "avx512"
+
+
 def why_not(
     device: torch.device,
     w_size: list[int],
@@ -41,6 +48,8 @@ def why_not(
     """None where ``conv`` runs this convolution and is the faster, else the reason."""
     if device.type != "cpu" or _C is None:
         return "not on a CPU with resnet_fast._C"
+    if not _has_registers():
+        return f"{_C.cpu.isa()}: the library is the faster without AVX-512"
     if dtype != torch.float32:
         return "not float32"
     if groups != 1 or any(taps > 1 and d > 1 for taps, d in zip(w_size[2:], dilation, strict=True)):
@@ -111,7 +120,5 @@ def conv(
     threads = torch.get_num_threads()
     shape = (n, h, wide, c, k, r, s, p, q, stride_h, stride_w, padding_h, padding_w, threads)
     workspace = buffers.scratch(_C.cpu.direct_workspace(shape))
-    _C.cpu.direct_conv(
-        x=x, weights=u, shift=shift, residual=residual, z=z, workspace=workspace, shape=shape, relu=relu
-    )
+    _C.cpu.direct_conv(x=x, weights=u, shift=shift, residual=residual, z=z, workspace=workspace, shape=shape, relu=relu)
     return z

@@ -117,7 +117,7 @@ def _check(
         if t.dim() != 4 and not (t is w and _is_ours(w)):
             raise ValueError(f"{name}: found {t.dim()} dimensions, supported are 4")
     k = shift.numel() if _is_ours(w) else w.shape[0]
-    kernel = (3, 3) if winograd.is_weight(w) else direct.taps(w) if direct.is_weight(w) else tuple(w.shape[2:])
+    kernel = (3, 3) if winograd.is_weight(w) else direct.taps(w) if direct.is_weight(w) else (w.shape[2], w.shape[3])
     if _is_ours(w):
         c = x.shape[1]
         size = winograd.weight_size(c, k) if winograd.is_weight(w) else direct.weight_size(c, k, *kernel)
