@@ -117,12 +117,12 @@ def _check(
         if t.dim() != 4 and not (t is w and _is_ours(w)):
             raise ValueError(f"{name}: found {t.dim()} dimensions, supported are 4")
     k = shift.numel() if _is_ours(w) else w.shape[0]
-    kernel = (3, 3) if winograd.is_weight(w) else direct.taps(w) if direct.is_weight(w) else (w.shape[2], w.shape[3])
+    kernel = direct.taps(w) if direct.is_weight(w) else (3, 3) if _is_ours(w) else (w.shape[2], w.shape[3])
     if _is_ours(w):
         c = x.shape[1]
-        size = winograd.weight_size(c, k) if winograd.is_weight(w) else direct.weight_size(c, k, *kernel)
-        if w.numel() != size:
-            raise ValueError(f"w: found {w.numel()} values, prepared for other channels than {x.shape[1]} and {k}")
+        expected = direct.weight_size(c, k, *kernel) if direct.is_weight(w) else winograd.weight_size(c, k)
+        if w.numel() != expected:
+            raise ValueError(f"w: found {w.numel()} values, prepared for other channels than {c} and {k}")
     if w.dtype != x.dtype and w.layout == torch.strided:
         raise ValueError(f"w: found {w.dtype}, expected {x.dtype}, the dtype of x")
     for name, vector in (("shift", shift), ("scale", scale)):
