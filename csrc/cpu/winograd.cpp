@@ -384,8 +384,7 @@ void transform_output(const WinogradConv& args, const Grid<M>& grid, int64_t fir
 // Traffic   reads x (A / M)^2 times, mostly from caches, u once per block of row blocks, writes z
 // Numerics  fp32 from load to store; sums over C in order, one rounding, at the store
 // Source    docs/conv.md entries 15 to 23, 30; Lavin and Gray, Fast Algorithms for Convolutional
-// Neural
-//           Networks, 2015
+//           Neural Networks, 2015
 template <int M, class T>
 void winograd_conv_kernel(const WinogradConv& args) {
   const Grid<M> grid(args);
