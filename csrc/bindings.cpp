@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -291,6 +293,39 @@ bool in_place(const py::tuple& tensors, const py::bytes& then, py::handle data_p
   return true;
 }
 
+/// Sizes of a convolution, in the order of DirectConv.
+using DirectShape = std::array<int64_t, 14>;
+
+DirectConv direct_args(const DirectShape& shape) {
+  DirectConv args{};
+  std::copy(shape.begin(), shape.end(), &args.n);
+  return args;
+}
+
+void bind_direct(py::module_& module, const Direct& ops) {
+  module.def("direct_panel", ops.direct_panel, "Output channels that lie together in weights.");
+  module.def(
+      "direct_workspace",
+      [f = ops.direct_workspace](const DirectShape& shape) { return f(direct_args(shape)); },
+      arg("shape"));
+  define(
+      module, "direct_conv",
+      [f = ops.direct_conv](Address x, Address weights, Address shift, Address residual, Address z,
+                            Address workspace, const DirectShape& shape, bool relu) {
+        DirectConv args = direct_args(shape);
+        args.x = x;
+        args.weights = weights;
+        args.shift = shift;
+        args.residual = residual;
+        args.z = z;
+        args.workspace = workspace;
+        args.relu = relu;
+        f(args);
+      },
+      arg("x"), arg("weights"), arg("shift") = 0, arg("residual") = 0, arg("z"), arg("workspace"),
+      arg("shape"), arg("relu"));
+}
+
 void bind_cpu(py::module_ module) {
   bind_bn_act(module, {cpu::bn_workspace, cpu::bn_stats, cpu::bn_finalize, cpu::affine_act,
                        cpu::affine_act_backward, cpu::bn_backward_sums, cpu::bn_backward_finalize,
@@ -300,6 +335,7 @@ void bind_cpu(py::module_ module) {
 
   bind_winograd(module, {cpu::winograd_weight_size, cpu::winograd_weight, cpu::winograd_workspace,
                          cpu::winograd_conv});
+  bind_direct(module, {cpu::direct_panel, cpu::direct_workspace, cpu::direct_conv});
 
   module.def("isa", cpu::isa, "The instruction set chosen for this process.");
 

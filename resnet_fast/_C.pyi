@@ -245,6 +245,22 @@ class _Cpu(_Ops, Protocol):
         relu: bool,
     ) -> None: ...
     @staticmethod
+    def direct_panel() -> int: ...
+    @staticmethod
+    def direct_workspace(shape: tuple[int, ...]) -> int: ...
+    @staticmethod
+    def direct_conv(
+        *,
+        x: Operand,
+        weights: Operand,
+        shift: Operand = 0,
+        residual: Operand = 0,
+        z: Operand,
+        workspace: Operand,
+        shape: tuple[int, ...],
+        relu: bool,
+    ) -> None: ...
+    @staticmethod
     def isa() -> str: ...
     class Fingerprint:
         def __init__(self, *, spans: list[tuple[int, int]], whole: int, stride: int) -> None: ...

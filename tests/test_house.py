@@ -128,7 +128,8 @@ def test_nobody_imports_upward_or_sideways(path: Path) -> None:
 )
 def test_backends_know_torch_and_their_kernels_alone(path: Path) -> None:
     allowed = {"torch", "triton", *sys.stdlib_module_names}
-    own = {"resnet_fast._C", "resnet_fast.buffers", "resnet_fast.backends.library", "resnet_fast.backends.winograd"}
+    ours = {f"resnet_fast.backends.{name}" for name in ("direct", "library", "winograd")}
+    own = {"resnet_fast._C", "resnet_fast.buffers", *ours}
     for name in imported(path):
         own_package = path.parent.name != "backends" and name.startswith(f"resnet_fast.backends.{path.parent.name}.")
         assert name.split(".")[0] in allowed or name in own or own_package, name
