@@ -17,8 +17,10 @@ namespace {
 constexpr int PACKS = LANES == 16 ? 2 : 1;
 // Windows of one row whose maxima a thread keeps, in L1, and that one fp32 sum is formed over.
 constexpr int64_t BLOCK_Q = 64;
-// Rows of windows to one task: of each task the first row is read twice, from a cache.
+// Of each task's rows of windows the one before the first is read, too. A task has at least this
+// many, and more where there are this many tasks.
 constexpr int64_t BLOCK_P = 8;
+constexpr int64_t TASKS = 32;
 // index where no gradient passes.
 constexpr int BLOCKED = 9;
 
@@ -47,46 +49,69 @@ struct Images {
       : n(args.n), h(args.h), w(args.w), p((args.h + 1) / 2), q((args.w + 1) / 2) {}
 };
 
-/// The largest value of a part of a window as it is stored, and its place. Every value is >= 0 or
-/// NaN: its bits, without the sign, are in order as integers, NaN above all. What lies outside the
-/// image is 0 and comes first nowhere but before another 0, whose place does not matter.
+/// max(value, 0) for comparing: its bits are in order as integers, NaN above all, and 0 has no sign.
+RESNET_FAST_INLINE Vec ordered_relu(Vec value) {
+#if defined(__AVX512F__)
+  // A nibble for each class, from the lowest: quiet NaN, NaN, 0, 1, -Inf, Inf, < 0, > 0. The value
+  // itself is 1, +0 is 8. The order is that of unsigned integers.
+  return _mm512_maskz_fixupimm_ps(ALL_LANES, value, value, _mm512_set1_epi32(0x18181811), 0);
+#else
+  return (Vec)((VecBits)relu(value) & 0x7fffffff);
+#endif
+}
+
+/// The largest value of a part of a window as it is stored, and its place. Every value comes from
+/// ordered_relu. What lies outside the image is 0 and comes first nowhere but before another 0,
+/// whose place does not matter.
 template <class T>
 struct Best {
+  using S = Storage<T>;
+  using Part = typename S::Part;
+  using Bits = typename S::Bits;
+#if defined(__AVX512F__)
+  using Order = Part;
+#else
+  using Order = typename S::Signed;
+#endif
+
   Pack<T> value, place;
 
-  static Best of(const Pack<T>& value, int at) {
-    Best best{value, {}};
-    for (auto& part : best.place.v) {
-      part = typename Storage<T>::Part{} + static_cast<typename Storage<T>::Bits>(at);
-    }
-    return best;
-  }
-
-  /// The same, `by` places further.
-  Best moved(int by) const {
-    Best best = *this;
-    for (auto& part : best.place.v) part += static_cast<typename Storage<T>::Bits>(by);
-    return best;
-  }
-
-  /// The larger; `later` comes behind this in the window.
-  Best or_later(const Best& later) const {
-    using S = Storage<T>;
+  /// Of one row of a window: places 0, 1, 2.
+  static Best of(const Pack<T>& left, const Pack<T>& middle, const Pack<T>& right) {
     Best best;
     for (int i = 0; i < S::PARTS; ++i) {
-      const auto wins = (typename S::Signed)later.value.v[i] > (typename S::Signed)value.v[i];
-      best.value.v[i] = wins ? later.value.v[i] : value.v[i];
-      best.place.v[i] = wins ? later.place.v[i] : place.v[i];
+      const Part l = left.v[i], m = middle.v[i], r = right.v[i];
+      const auto second = (Order)m > (Order)l;
+      const Part two = second ? m : l, place = second ? Part{} + Bits{1} : Part{};
+      const auto third = (Order)r > (Order)two;
+      best.value.v[i] = third ? r : two;
+      best.place.v[i] = third ? Part{} + Bits{2} : place;
     }
     return best;
+  }
+
+  /// The larger; `later` comes `by` places behind this in the window.
+  Best or_later(const Best& later, Bits by) const {
+    Best best;
+    for (int i = 0; i < S::PARTS; ++i) {
+      const auto wins = (Order)later.value.v[i] > (Order)value.v[i];
+      best.value.v[i] = wins ? later.value.v[i] : value.v[i];
+      best.place.v[i] = wins ? later.place.v[i] + by : place.v[i];
+    }
+    return best;
+  }
+
+  /// The value as it is stored.
+  Pack<T> stored() const {
+    Pack<T> result = value;
+    for (Part& part : result.v) part &= Bits{S::SIGN - 1};
+    return result;
   }
 
   Pack<T> index() const {
     Pack<T> index;
-    for (int i = 0; i < Storage<T>::PARTS; ++i) {
-      index.v[i] = value.v[i] == 0 ? typename Storage<T>::Part{} +
-                                         static_cast<typename Storage<T>::Bits>(BLOCKED)
-                                   : place.v[i];
+    for (int i = 0; i < S::PARTS; ++i) {
+      index.v[i] = value.v[i] == 0 ? Part{} + Bits{BLOCKED} : place.v[i];
     }
     return index;
   }
@@ -114,23 +139,21 @@ void affine_act_maxpool_tile(const AffineActMaxpool& args, const Images& images,
   T* z = static_cast<T*>(args.z) + block.image * images.p * images.q * k + channel;
   uint8_t* index = args.index + block.image * images.p * images.q * k + channel;
   const Group<T, 2> vectors({args.scale, args.shift}, channel, smaller(channel + COUNT * PACK, k));
-  // An activation as it is stored, without its sign.
+  // An activation as it is compared.
   const auto value = [&](const T* at, int v) {
     Pair pair = widen(load_pack(at + v * PACK, lanes));
     for (int i = 0; i < 2; ++i) {
-      pair.v[i] = relu(fma(pair.v[i], vectors(0, v * PACK, i), vectors(1, v * PACK, i)));
+      pair.v[i] = ordered_relu(fma(pair.v[i], vectors(0, v * PACK, i), vectors(1, v * PACK, i)));
     }
-    Pack<T> stored = narrow(pair, T{});
-    for (auto& part : stored.v) part &= Storage<T>::SIGN - 1;
-    return stored;
+    return narrow(pair, T{});
   };
-  // The best of row r's three columns, of which `at` is the middle; `left`, the last column of the
+  // The best of a row's three columns, of which `at` is the middle; `left`, the last column of the
   // window before, moves on.
-  const auto row_best = [&](const T* at, bool has_right, int v, int r, Pack<T>& left) {
+  const auto row_best = [&](const T* at, bool has_right, int v, Pack<T>& left) {
     const Pack<T> middle = value(at, v), right = has_right ? value(at + k, v) : Pack<T>{};
-    const Best<T> best = Best<T>::of(left, 3 * r).or_later(Best<T>::of(middle, 3 * r + 1));
+    const Best<T> best = Best<T>::of(left, middle, right);
     left = right;
-    return best.or_later(Best<T>::of(right, 3 * r + 2));
+    return best;
   };
   const auto row_at = [&](int64_t row) { return y + (row * w + 2 * block.q) * k; };
   const auto column_before = [&](int64_t row, Pack<T>(&left)[COUNT]) {
@@ -144,7 +167,7 @@ void affine_act_maxpool_tile(const AffineActMaxpool& args, const Images& images,
     column_before(2 * block.p - 1, left);
     for (int64_t q = block.q; q < block.q_end; ++q, at += 2 * k) {
       for (int v = 0; v < COUNT; ++v) {
-        above[q - block.q][v] = row_best(at, 2 * q + 1 < w, v, 0, left[v]);
+        above[q - block.q][v] = row_best(at, 2 * q + 1 < w, v, left[v]);
       }
     }
   }
@@ -158,13 +181,12 @@ void affine_act_maxpool_tile(const AffineActMaxpool& args, const Images& images,
       const bool has_right = 2 * q + 1 < w;
       for (int v = 0; v < COUNT; ++v) {
         Best<T>& top = above[q - block.q][v];
-        Best<T> best = top.or_later(row_best(at, has_right, v, 1, left[v]));
+        Best<T> best = top.or_later(row_best(at, has_right, v, left[v]), 3);
         if (has_below) {
-          const Best<T> below = row_best(at + w * k, has_right, v, 2, lower_left[v]);
-          best = best.or_later(below);
-          top = below.moved(-6);
+          top = row_best(at + w * k, has_right, v, lower_left[v]);
+          best = best.or_later(top, 6);
         }
-        store_pack(z + offset + v * PACK, best.value, lanes);
+        store_pack(z + offset + v * PACK, best.stored(), lanes);
         store_bytes(index + offset + v * PACK, best.index(), lanes);
       }
     }
@@ -174,18 +196,23 @@ void affine_act_maxpool_tile(const AffineActMaxpool& args, const Images& images,
 template <class T>
 void affine_act_maxpool_kernel(const AffineActMaxpool& args) {
   const Images images(args);
-  const int64_t k = args.k, down = cdiv(images.p, BLOCK_P), across = cdiv(images.q, BLOCK_Q);
-  const int64_t count = images.n * down * across;
+  const int64_t k = args.k, across = cdiv(images.q, BLOCK_Q), columns = images.n * across;
+  const int64_t parts = columns > 0 ? smaller(cdiv(TASKS, columns), cdiv(images.p, BLOCK_P)) : 1;
+  const int64_t height = cdiv(images.p, parts), down = cdiv(images.p, height);
+  const int64_t count = columns * down;
 #pragma omp parallel for schedule(static) if (images.n * images.h * images.w * k > SERIAL)
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t p = i / across % down * BLOCK_P, q = i % across * BLOCK_Q;
-    const Windows block{i / across / down, p, smaller(p + BLOCK_P, images.p), q,
+    const int64_t p = i / across % down * height, q = i % across * BLOCK_Q;
+    const Windows block{i / across / down, p, smaller(p + height, images.p), q,
                         smaller(q + BLOCK_Q, images.q)};
     for_each_group(k, [&](int64_t channel, auto packs, auto lanes) {
       affine_act_maxpool_tile<T, packs()>(args, images, block, channel, lanes);
     });
   }
 }
+
+/// `i`, or the nearest place to it in [0, count).
+int64_t inside(int64_t i, int64_t count) { return i < 0 ? 0 : smaller(i, count - 1); }
 
 /// The gradient of the pooled output at some windows, and which of their values it goes to.
 struct Pooled {
@@ -215,7 +242,7 @@ void for_each_gradient(const Args& args, const Images& images, const Windows& bl
     const int64_t offset = (row * images.q + column) * k + v * PACK;
     Pooled result;
     result.dz = widen(load_pack(dz + offset, lanes));
-    load_bytes<T>(index + offset, result.place, lanes);
+    widen_integers(load_bytes<T>(index + offset, lanes), result.place);
     return result;
   };
   Pooled nothing{};
@@ -261,38 +288,108 @@ struct Rows {
   }
 };
 
+/// The sums of one pack of channels over a part of the image, added to those of the tile.
+struct PooledSums {
+  Pair g, gy;
+
+  void add(const Pair& gradient, const Pair& value, const Pair& mean) {
+    for (int h = 0; h < 2; ++h) {
+      g.v[h] += gradient.v[h];
+      gy.v[h] = fma(gradient.v[h], value.v[h] - mean.v[h], gy.v[h]);
+    }
+  }
+
+  void store(float* sum_g, float* sum_gy, bool begins) const {
+    for (int h = 0; h < 2; ++h) {
+      float *const to_g = sum_g + h * LANES, *const to_gy = sum_gy + h * LANES;
+      cpu::RESNET_FAST_NAMESPACE::store(to_g, begins ? g.v[h] : load(to_g) + g.v[h]);
+      cpu::RESNET_FAST_NAMESPACE::store(to_gy, begins ? gy.v[h] : load(to_gy) + gy.v[h]);
+    }
+  }
+};
+
+/// The sums over a row of windows, window by window: dz goes to one value of y, which is picked out
+/// of nine as it is stored. False, and no sums, if a value of y is not finite: then 0 * y is not 0.
+template <class T, int COUNT, class Lanes>
+bool sum_windows(const MaxpoolBackwardSums& args, const Images& images, const Windows& block,
+                 int64_t channel, Lanes lanes, const Group<T, 1>& mean, PooledSums (&sums)[COUNT]) {
+  using S = Storage<T>;
+  const int64_t k = args.k, p = block.p;
+  const int64_t start = (block.image * images.p + p) * images.q * k + channel;
+  const T* dz = static_cast<const T*>(args.dz) + start;
+  const uint8_t* index = args.index + start;
+  // No index points outside the image: whatever is read there instead.
+  const T* y = static_cast<const T*>(args.y) + block.image * images.h * images.w * k + channel;
+  const T* rows[3];
+  for (int r = 0; r < 3; ++r) rows[r] = y + inside(2 * p - 1 + r, images.h) * images.w * k;
+  Pack<T> largest[COUNT] = {};
+  for (int64_t q = block.q; q < block.q_end; ++q) {
+    int64_t columns[3];
+    for (int s = 0; s < 3; ++s) columns[s] = inside(2 * q - 1 + s, images.w) * k;
+    for (int v = 0; v < COUNT; ++v) {
+      const Pack<T> place = load_bytes<T>(index + q * k + v * PACK, lanes);
+      Pack<T> gradient = load_pack(dz + q * k + v * PACK, lanes), value;
+      for (int at = 0; at < 9; ++at) {
+        const Pack<T> y_at = load_pack(rows[at / 3] + columns[at % 3] + v * PACK, lanes);
+        for (int i = 0; i < S::PARTS; ++i) {
+          const auto here = typename S::Part{} + static_cast<typename S::Bits>(at);
+          value.v[i] = at == 0 || place.v[i] == here ? y_at.v[i] : value.v[i];
+          if (at / 3 == 0 || at % 3 == 0) continue;  // seen in another window
+          const auto magnitude = (typename S::Signed)(y_at.v[i] & static_cast<typename S::Bits>(S::SIGN - 1));
+          const auto most = (typename S::Signed)largest[v].v[i];
+          largest[v].v[i] = (typename S::Part)(magnitude > most ? magnitude : most);
+        }
+      }
+      for (int i = 0; i < S::PARTS; ++i) {
+        const auto blocked = typename S::Part{} + static_cast<typename S::Bits>(BLOCKED);
+        gradient.v[i] = place.v[i] == blocked ? typename S::Part{} : gradient.v[i];
+      }
+      sums[v].add(widen(gradient), widen(value), {{mean(0, v * PACK, 0), mean(0, v * PACK, 1)}});
+    }
+  }
+  bool finite = true;
+  for (const Pack<T>& pack : largest) {
+    for (const auto& part : pack.v) {
+      for (size_t i = 0; i < sizeof part / sizeof(T); ++i) finite &= part[i] < S::INF;
+    }
+  }
+  return finite;
+}
+
+/// The same, value by value of y, each with all of its gradient.
+template <class T, int COUNT, class Lanes>
+void sum_values(const MaxpoolBackwardSums& args, const Images& images, const Windows& block,
+                int64_t channel, Lanes lanes, const Group<T, 1>& mean, PooledSums (&sums)[COUNT]) {
+  const T* y = static_cast<const T*>(args.y) + block.image * images.h * images.w * args.k + channel;
+  const auto body = [&, w = images.w, k = args.k](int64_t row, int64_t column, int v,
+                                                  const Pair& g) __attribute__((always_inline)) {
+    const Pair value = widen(load_pack(y + (row * w + column) * k + v * PACK, lanes));
+    sums[v].add(g, value, {{mean(0, v * PACK, 0), mean(0, v * PACK, 1)}});
+  };
+  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, body);
+}
+
 // sum_g = sum(g);  sum_gy = sum(g * (y - mean));  g = sum of the dz whose index points at y
 // Shapes    dz, index (N, P, Q, K), y (N, H, W, K) channels-last; mean, sums (K,) fp32; workspace
 //           (2, tiles, padded(K)) fp32
 // Tiles     some rows of at most BLOCK_Q windows, as many as leave no more tiles than bn_workspace
-//           has row blocks; each value takes from the four windows around it, none scatters
-// Traffic   reads dz, index, y: NPQK * (itemsize + 1) + NHWK * itemsize; a row of dz and of index
-//           is read again, from a cache, for the row of windows below
+//           has row blocks
+// Traffic   reads dz, index, y: NPQK * (itemsize + 1) + NHWK * itemsize; an odd row of y is read
+//           again, from a cache, for the row of windows below
 // Numerics  fp32 sums over a row, rows and tiles merged in order, tiles in double
 // Source    ops.maxpool_backward_sums; docs/bn_act.md
 template <class T, int COUNT, class Lanes>
 void maxpool_backward_sums_tile(const MaxpoolBackwardSums& args, const Images& images,
                                 const Windows& block, int64_t channel, Lanes lanes, bool begins,
                                 float* sum_g, float* sum_gy) {
-  const T* y = static_cast<const T*>(args.y) + block.image * images.h * images.w * args.k + channel;
-  const int64_t last = smaller(channel + COUNT * PACK, args.k);
-  const Group<T, 1> vectors({args.mean}, channel, last);
-  Pair g_sums[COUNT] = {}, gy_sums[COUNT] = {};
-  const auto body = [&, w = images.w, k = args.k](int64_t row, int64_t column, int v,
-                                                  const Pair& g) __attribute__((always_inline)) {
-    const Pair value = widen(load_pack(y + (row * w + column) * k + v * PACK, lanes));
-    for (int h = 0; h < 2; ++h) {
-      g_sums[v].v[h] += g.v[h];
-      gy_sums[v].v[h] = fma(g.v[h], value.v[h] - vectors(0, v * PACK, h), gy_sums[v].v[h]);
-    }
-  };
-  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, body);
+  const Group<T, 1> mean({args.mean}, channel, smaller(channel + COUNT * PACK, args.k));
+  PooledSums sums[COUNT] = {};
+  if (!sum_windows<T, COUNT>(args, images, block, channel, lanes, mean, sums)) {
+    for (PooledSums& sum : sums) sum = {};
+    sum_values<T, COUNT>(args, images, block, channel, lanes, mean, sums);
+  }
   for (int v = 0; v < COUNT; ++v) {
-    for (int h = 0; h < 2; ++h) {
-      const int64_t at = channel + v * PACK + h * LANES;
-      store(sum_g + at, begins ? g_sums[v].v[h] : load(sum_g + at) + g_sums[v].v[h]);
-      store(sum_gy + at, begins ? gy_sums[v].v[h] : load(sum_gy + at) + gy_sums[v].v[h]);
-    }
+    sums[v].store(sum_g + channel + v * PACK, sum_gy + channel + v * PACK, begins);
   }
 }
 
