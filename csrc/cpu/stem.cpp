@@ -49,7 +49,8 @@ struct Images {
       : n(args.n), h(args.h), w(args.w), p((args.h + 1) / 2), q((args.w + 1) / 2) {}
 };
 
-/// max(value, 0) for comparing: its bits are in order as integers, NaN above all, and 0 has no sign.
+/// max(value, 0) for comparing: its bits are in order as integers, NaN above all, and 0 has no
+/// sign.
 RESNET_FAST_INLINE Vec ordered_relu(Vec value) {
 #if defined(__AVX512F__)
   // A nibble for each class, from the lowest: quiet NaN, NaN, 0, 1, -Inf, Inf, < 0, > 0. The value
@@ -197,7 +198,8 @@ template <class T>
 void affine_act_maxpool_kernel(const AffineActMaxpool& args) {
   const Images images(args);
   const int64_t k = args.k, across = cdiv(images.q, BLOCK_Q), columns = images.n * across;
-  const int64_t parts = columns > 0 ? smaller(cdiv(TASKS, columns), cdiv(images.p, BLOCK_P)) : 1;
+  if (columns * images.p == 0) return;
+  const int64_t parts = smaller(cdiv(TASKS, columns), cdiv(images.p, BLOCK_P));
   const int64_t height = cdiv(images.p, parts), down = cdiv(images.p, height);
   const int64_t count = columns * down;
 #pragma omp parallel for schedule(static) if (images.n * images.h * images.w * k > SERIAL)
@@ -219,20 +221,21 @@ struct Pooled {
   Pair dz;
   VecBits place[2];
 
-  /// sum, and what goes to place `wanted` added.
-  Pair add(Pair sum, uint32_t wanted) const {
+  /// sum, and what goes to place `wanted` added, `weight` times.
+  Pair add(Pair sum, uint32_t wanted, const Pair& weight) const {
     for (int h = 0; h < 2; ++h) {
-      sum.v[h] = place[h] == wanted ? sum.v[h] + dz.v[h] : sum.v[h];
+      sum.v[h] = place[h] == wanted ? fma(weight.v[h], dz.v[h], sum.v[h]) : sum.v[h];
     }
     return sum;
   }
 };
 
-/// g of rows 2p and 2p + 1, where p is a row of windows: body(row, column, v, g) is called on each
-/// pack of them.
-template <class T, int COUNT, class Args, class Lanes, class Body>
+/// Of rows 2p and 2p + 1, where p is a row of windows: calls end(row, column, v, sum) on each pack,
+/// sum being begin(row, column, v) + weight(v) * g.
+template <class T, int COUNT, class Args, class Lanes, class Weight, class Begin, class End>
 void for_each_gradient(const Args& args, const Images& images, const Windows& block,
-                       int64_t channel, Lanes lanes, const Body& body) {
+                       int64_t channel, Lanes lanes, const Weight& weight, const Begin& begin,
+                       const End& end) {
   const int64_t k = args.k, p = block.p;
   const int64_t start = block.image * images.p * images.q * k + channel;
   const T* dz = static_cast<const T*>(args.dz) + start;
@@ -257,16 +260,22 @@ void for_each_gradient(const Args& args, const Images& images, const Windows& bl
   }
   for (int64_t q = block.q; q < block.q_end; ++q) {
     const bool window_right = q + 1 < images.q, column_right = 2 * q + 1 < images.w;
+#pragma GCC unroll 2  // here and below stay in registers
     for (int v = 0; v < COUNT; ++v) {
       const Pooled right = window_right ? pooled(p, q + 1, v) : nothing;
       const Pooled across = window_right && window_below ? pooled(p + 1, q + 1, v) : nothing;
-      body(2 * p, 2 * q, v, here[v].add({}, 4));
-      if (column_right) body(2 * p, 2 * q + 1, v, right.add(here[v].add({}, 5), 3));
+      const Pair w = weight(v);
+      end(2 * p, 2 * q, v, here[v].add(begin(2 * p, 2 * q, v), 4, w));
+      if (column_right) {
+        const Pair sum = here[v].add(begin(2 * p, 2 * q + 1, v), 5, w);
+        end(2 * p, 2 * q + 1, v, right.add(sum, 3, w));
+      }
       if (row_below) {
-        body(2 * p + 1, 2 * q, v, below[v].add(here[v].add({}, 7), 1));
+        const Pair sum = here[v].add(begin(2 * p + 1, 2 * q, v), 7, w);
+        end(2 * p + 1, 2 * q, v, below[v].add(sum, 1, w));
         if (column_right) {
-          const Pair g = right.add(here[v].add({}, 8), 6);
-          body(2 * p + 1, 2 * q + 1, v, across.add(below[v].add(g, 2), 0));
+          const Pair upper = right.add(here[v].add(begin(2 * p + 1, 2 * q + 1, v), 8, w), 6, w);
+          end(2 * p + 1, 2 * q + 1, v, across.add(below[v].add(upper, 2, w), 0, w));
         }
       }
       here[v] = right;
@@ -335,7 +344,8 @@ bool sum_windows(const MaxpoolBackwardSums& args, const Images& images, const Wi
           const auto here = typename S::Part{} + static_cast<typename S::Bits>(at);
           value.v[i] = at == 0 || place.v[i] == here ? y_at.v[i] : value.v[i];
           if (at / 3 == 0 || at % 3 == 0) continue;  // seen in another window
-          const auto magnitude = (typename S::Signed)(y_at.v[i] & static_cast<typename S::Bits>(S::SIGN - 1));
+          const auto magnitude =
+              (typename S::Signed)(y_at.v[i] & static_cast<typename S::Bits>(S::SIGN - 1));
           const auto most = (typename S::Signed)largest[v].v[i];
           largest[v].v[i] = (typename S::Part)(magnitude > most ? magnitude : most);
         }
@@ -361,12 +371,15 @@ template <class T, int COUNT, class Lanes>
 void sum_values(const MaxpoolBackwardSums& args, const Images& images, const Windows& block,
                 int64_t channel, Lanes lanes, const Group<T, 1>& mean, PooledSums (&sums)[COUNT]) {
   const T* y = static_cast<const T*>(args.y) + block.image * images.h * images.w * args.k + channel;
-  const auto body = [&, w = images.w, k = args.k](int64_t row, int64_t column, int v,
-                                                  const Pair& g) __attribute__((always_inline)) {
+  const auto weight = [](int)
+                          __attribute__((always_inline)) { return Pair{{Vec{} + 1, Vec{} + 1}}; };
+  const auto begin = [](int64_t, int64_t, int) __attribute__((always_inline)) { return Pair{}; };
+  const auto end = [&, w = images.w, k = args.k](int64_t row, int64_t column, int v,
+                                                 const Pair& g) __attribute__((always_inline)) {
     const Pair value = widen(load_pack(y + (row * w + column) * k + v * PACK, lanes));
     sums[v].add(g, value, {{mean(0, v * PACK, 0), mean(0, v * PACK, 1)}});
   };
-  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, body);
+  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, weight, begin, end);
 }
 
 // sum_g = sum(g);  sum_gy = sum(g * (y - mean));  g = sum of the dz whose index points at y
@@ -417,29 +430,44 @@ void maxpool_backward_sums_kernel(const MaxpoolBackwardSums& args) {
 // Shapes    dz, index (N, P, Q, K), y, dy (N, H, W, K) channels-last; mean, a, b, c (K,) fp32
 // Tiles     rows of at most BLOCK_Q windows, shared out to the threads
 // Traffic   reads dz, index, y, writes dy: NPQK * (itemsize + 1) + 2 * NHWK * itemsize
-// Numerics  fp32 from load to store; one rounding, at the store
+// Numerics  fp32 from load to store; one rounding, at the store. Of 16-bit values, whose own
+// rounding
+//           is coarser by far, c - b * mean is one constant
 // Source    ops.maxpool_backward_apply; docs/bn_act.md
 template <class T, int COUNT, class Lanes>
 void maxpool_backward_apply_tile(const MaxpoolBackwardApply& args, const Images& images,
                                  const Windows& block, int64_t channel, Lanes lanes) {
+  constexpr bool MERGED = sizeof(T) == 2;
+  enum { MEAN, A, B, C };
   const int64_t first = block.image * images.h * images.w * args.k + channel;
   const T* y = static_cast<const T*>(args.y) + first;
   T* dy = static_cast<T*>(args.dy) + first;
-  const Group<T, 4> vectors({args.mean, args.a, args.b, args.c}, channel,
-                            smaller(channel + COUNT * PACK, args.k));
-  const auto body = [&, w = images.w, k = args.k](int64_t row, int64_t column, int v,
-                                                  const Pair& g) __attribute__((always_inline)) {
-    const int64_t offset = (row * w + column) * k + v * PACK;
-    const Pair value = widen(load_pack(y + offset, lanes));
-    Pair result;
-    for (int h = 0; h < 2; ++h) {
-      const Vec centred = value.v[h] - vectors(0, v * PACK, h);
-      const Vec rest = fma(vectors(2, v * PACK, h), centred, vectors(3, v * PACK, h));
-      result.v[h] = fma(vectors(1, v * PACK, h), g.v[h], rest);
-    }
-    store_pack(dy + offset, narrow(result, T{}), lanes);
+  Group<T, 4> vectors({args.mean, args.a, args.b, args.c}, channel,
+                      smaller(channel + COUNT * PACK, args.k));
+  for (int i = 0; i < COUNT * PACK; ++i) {
+    // a * g is left out where g = 0, which is right unless a is not finite.
+    double c = vectors.values[C][i] + double{vectors.values[A][i]} * 0;
+    if (MERGED) c -= double{vectors.values[B][i]} * vectors.values[MEAN][i];
+    vectors.values[C][i] = static_cast<float>(c);
+  }
+  const auto weight = [&](int v) __attribute__((always_inline)) {
+    return Pair{{vectors(A, v * PACK, 0), vectors(A, v * PACK, 1)}};
   };
-  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, body);
+  const auto begin = [&, w = images.w, k = args.k](int64_t row, int64_t column,
+                                                   int v) __attribute__((always_inline)) {
+    Pair rest = widen(load_pack(y + (row * w + column) * k + v * PACK, lanes));
+    for (int h = 0; h < 2; ++h) {
+      if (!MERGED) rest.v[h] -= vectors(MEAN, v * PACK, h);
+      rest.v[h] = fma(vectors(B, v * PACK, h), rest.v[h], vectors(C, v * PACK, h));
+    }
+    return rest;
+  };
+  const auto end =
+      [&, w = images.w, k = args.k](int64_t row, int64_t column, int v, const Pair& result)
+          __attribute__((always_inline)) {
+            store_pack(dy + (row * w + column) * k + v * PACK, narrow(result, T{}), lanes);
+          };
+  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, weight, begin, end);
 }
 
 template <class T>
