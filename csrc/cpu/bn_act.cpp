@@ -360,7 +360,7 @@ void affine_act_backward_kernel(const AffineActBackward& args, T, Gate gate,
     };
   };
   const float* const means[] = {args.mean, args.rmean};
-  if (args.k > BLOCK_K) {
+  if (args.k * static_cast<int64_t>(sizeof(T)) >= WRITE_BYTES) {
     reduce<T, 1, WRITE_K>(args.npq, args.k, args.workspace, means, make, out);
   } else {
     reduce<T, WRITE_ROWS, BLOCK_K>(args.npq, args.k, args.workspace, means, make, out);

@@ -319,6 +319,7 @@ struct PooledSums {
 
 /// The sums over a row of windows, window by window: dz goes to one value of y, which is picked out
 /// of nine as it is stored. False, and no sums, if a value of y is not finite: then 0 * y is not 0.
+/// For a pack that is one vector: of two, the gather's fewer loads count for more.
 template <class T, int COUNT, class Lanes>
 bool sum_windows(const MaxpoolBackwardSums& args, const Images& images, const Windows& block,
                  int64_t channel, Lanes lanes, const Group<T, 1>& mean, PooledSums (&sums)[COUNT]) {
@@ -397,7 +398,11 @@ void maxpool_backward_sums_tile(const MaxpoolBackwardSums& args, const Images& i
                                 float* sum_g, float* sum_gy) {
   const Group<T, 1> mean({args.mean}, channel, smaller(channel + COUNT * PACK, args.k));
   PooledSums sums[COUNT] = {};
-  if (!sum_windows<T, COUNT>(args, images, block, channel, lanes, mean, sums)) {
+  bool summed = false;
+  if constexpr (Storage<T>::PARTS == 1) {
+    summed = sum_windows<T, COUNT>(args, images, block, channel, lanes, mean, sums);
+  }
+  if (!summed) {
     for (PooledSums& sum : sums) sum = {};
     sum_values<T, COUNT>(args, images, block, channel, lanes, mean, sums);
   }

@@ -15,8 +15,10 @@ namespace {
 // channels are read from end to end: the prefetchers follow, and the sums stay in L1.
 constexpr int64_t BLOCK_NPQ = 256;
 constexpr int64_t BLOCK_K = 512;
-// Where a matrix is written, too, whole rows of up to this many channels, one at a time: a part of
-// a row is a page's half, and at every start the prefetchers find three streams anew.
+// Where a matrix is written, too, rows of this many bytes or more are gone through whole, up to
+// this many channels, and one at a time: of half a page or of rows side by side the prefetchers
+// would have to find three streams anew, again and again.
+constexpr int64_t WRITE_BYTES = 512;
 constexpr int64_t WRITE_K = 2048;
 // Blocks of rows come in multiples of this many, all alike, so that two, four or eight threads have
 // the same work; and rows in multiples of READ_ROWS.
