@@ -28,7 +28,7 @@ help:  ## this list
 	@echo "  PYTHON     python3; the one that VENV is made from, and that test-gpu and bench-gpu run"
 	@echo "  VENV       .venv"
 	@echo "  OUTPUT     .benchmarks; the folder for the reports of test-gpu and bench-gpu"
-	@echo "  PART       of bench-gpu: ops, training, inference or memory; all without it"
+	@echo "  PART       of bench-gpu: ops, training, inference, fusions or memory; all without it"
 	@echo "  COMMIT     for bench-gpu's results, where the tree is no git checkout"
 
 demo: $(STAMPS)/demo  ## set up, then time fused networks against eager and compiled ones on this machine
@@ -64,7 +64,7 @@ test-gpu: gpu-build  ## build for the Python in use, then run the tests that nee
 	@echo "==> tests that need a GPU, then compute-sanitizer: $(OUTPUT)/test-gpu.log"
 	@$(PYTHON) -m benchmarks.check_gpu --output $(OUTPUT) --seconds $(call left,460) $(if $(ARGS),-- $(ARGS))
 
-bench-gpu: gpu-build  ## build for the Python in use, then measure on the GPU; PART=ops, training, inference or memory alone
+bench-gpu: gpu-build  ## build for the Python in use, then measure on the GPU; PART=ops, training, inference, fusions or memory alone
 	@$(PYTHON) -m benchmarks.suite --device cuda --output $(OUTPUT) --seconds $(call left,520) \
 		$(if $(PART),--part $(PART)) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 

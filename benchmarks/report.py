@@ -2,7 +2,7 @@
 
 ``resnet-fast bench --json``, ``resnet-fast verify --json`` and ``benchmarks.suite`` (``make bench-gpu``) write them.
 ``python -m benchmarks.report`` rewrites README.md between ``<!-- speed:begin -->`` and ``<!-- speed:end -->`` and draws
-``benchmarks/results/NAME.png`` or, of a suite, ``NAME-speed.png``, ``-layers``, ``-memory`` and ``-steps`` (with
+``benchmarks/results/NAME.png`` or, of a suite, ``NAME-speed.png``, ``-layers``, ``-memory`` and ``-fusions`` (with
 ``--check`` it changes nothing, and fails if README.md is not up to date).
 """
 

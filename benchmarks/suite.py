@@ -1,6 +1,6 @@
 """The measurements on one machine, in parts, within a time: ``python -m benchmarks.suite --output DIR``.
 
-Each part (ceilings, ops, training, inference, memory; ``benchmarks.parts``) runs in a process of its own, which is
+Each part (ceilings, ops, training, inference, fusions, memory; ``benchmarks.parts``) runs in a process of its own, which is
 ended at its deadline and started again, without the item that it was at, where it dies. Every item is written to
 DIR/bench.jsonl when it is measured; at the end, and after an interruption, DIR/bench.json and DIR/bench.csv hold what
 there is, with machine, versions, commit, clocks and date, and what failed or was left out. Parts of earlier runs in the

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional as f
+from . import switches
 from .dispatch import forced_backend, measured_blocks, use_backend
 from .folding import FoldCache, Folded, Program, arithmetic, cast, folded_block
 from .guards import (
@@ -161,6 +162,8 @@ def program(stage: nn.Module, plans: list[BlockPlan], caches: list[FoldCache], x
     them did not run folded, or must be called for its shortcut.
     """
     situation = stage_situation(stage, x)
+    if not switches.on("programs"):
+        return None
     if situation is None or any(isinstance(plan.shortcut, Opaque) or plan.pool for plan in plans):
         return None
     if not all(cache.is_folded for cache in caches):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import figures, parts, report, suite
+from benchmarks import figures, fusions, parts, report, suite
 from resnet_fast.commands.timing import GRAPH
 
 HEAD = {
@@ -41,11 +41,11 @@ def made_up() -> dict[str, Any]:
                                 "ratio": times / 1.6, "ms_p50": batch / speed * 1e3,
                             }
                         )  # fmt: skip
-        for i, step in enumerate(parts.STEPS):
+        for i, step in enumerate(fusions.steps("cuda", mode)):
             records.append(
                 {
                     "part": mode, "network": "resnet50", "mode": mode, "dtype": "bfloat16", "batch": 128,
-                    "group": "steps", "contender": step, "ratio": 1 + 0.1 * i, "ms_p50": 60 / (1 + 0.1 * i),
+                    "group": "fusions", "contender": step.name, "ratio": 1 + 0.1 * i, "ms_p50": 60 / (1 + 0.1 * i),
                 }
             )  # fmt: skip
     records.append(
