@@ -158,6 +158,7 @@ def layers(result: Record, file: Path) -> bool:
     rates = result["ceilings"]
     bound = f"a copy of {rates['copy'] / 1e9:,.0f} GB/s and a product of {rates['product'] / 1e12:,.2f} TFLOP/s"
     title = f"ResNet-50's layers, batch {batch}, {dtype}, {machine(result)}: least time, by {bound}, in % of measured"
+    title += "; beyond 100 %: from a cache, not from memory"
     _finish(figure, title, list(seen.values()), result, file)
     return True
 

@@ -22,6 +22,7 @@ from benchmarks import fusions, roofline
 from benchmarks.rounds import Rounds, Timer
 from resnet_fast.commands import equality, sources, timing
 from resnet_fast.commands.progress import Progress
+from resnet_fast.commands.steps import tensors
 from resnet_fast.dispatch import BACKENDS, OPS, reasons, use_backend
 from resnet_fast.guards import any_size
 from tests.cases import TINY, Case, inputs, resnet50
@@ -346,7 +347,10 @@ def _network(settings: Settings, mode: str, network: Network, progress: Progress
     model = _model(network.source)
     x = _photographs(settings, network.batch)
     setting = timing.Setting(mode, network.batch, _size(settings), network.dtype, settings.device)
-    entries = [timing.contender(name, model, x, setting) for name in GROUPS[network.group]]
+    entries = [
+        timing.attempt(name, functools.partial(timing.contender, name, model, x, setting))
+        for name in GROUPS[network.group]
+    ]
     seconds = 0.2 if settings.tiny else 5.0 if settings.device.type == "cpu" else 2.0
     results = timing.measure(
         entries, setting, progress, rounds=None, seconds=seconds, baseline="channels_last", needed=()
@@ -396,26 +400,22 @@ def _steps(settings: Settings, mode: str, progress: Progress) -> list[Record]:
     setting = timing.Setting(mode, batch, _size(settings), settings.dtypes[0], settings.device)
     model, x = _model(source), _photographs(settings, batch)
     with any_size() if settings.tiny else contextlib.nullcontext():
-        entries = []
-        first: Tensor | None = None
-        reasons: dict[str, str] = {}
-        for step in fusions.steps(settings.device.type, mode):
-            entry = fusions.contender(step, model, x, setting)
-            if not step.graph:  # which runs what the step before it runs
-                try:
-                    answer = _answer(entry, setting)
-                except Exception as error:
-                    reasons[step.name] = f"{type(error).__name__}: {error}"[:300]
-                    continue
-                first = answer if first is None else first
-                apart, size = (float(t.double().square().mean().sqrt()) for t in (answer - first, first))
-                if not apart <= 0.03 * size:
-                    reasons[step.name] = f"its numbers are {apart / size:.1%} off torch's"
-                    continue
-            entries.append(entry)
+        steps = fusions.steps(settings.device.type, mode)
+        plain = fusions.contender(steps[0], model, x, setting)
+        entries, reasons = [plain], {}
+        expected = _answer(plain, setting)
+        for step in steps[1:]:
+            try:
+                entry = fusions.contender(step, model, x, setting)
+                if not step.graph:  # which runs what the step before it runs
+                    _compare(_answer(entry, setting), expected, 0.03 if setting.dtype == torch.float32 else 0.15)
+                entries.append(entry)
+            except Exception as error:
+                reasons[step.name] = f"{type(error).__name__}: {error}"[:300]
         seconds = 0.2 if settings.tiny else 25.0 if settings.device.type == "cpu" else 3.0
-        baseline = entries[0].name
-        results = timing.measure(entries, setting, progress, rounds=None, seconds=seconds, baseline=baseline, needed=())
+        results = timing.measure(
+            entries, setting, progress, rounds=None, seconds=seconds, baseline=plain.name, needed=()
+        )
     common = {
         "network": source, "mode": mode, "batch": batch, "size": setting.size, "dtype": setting.dtype_name,
         "group": "fusions",
@@ -427,10 +427,17 @@ def _steps(settings: Settings, mode: str, progress: Progress) -> list[Record]:
     return found
 
 
+def _compare(found: Tensor, expected: Tensor, limit: float) -> None:
+    """ValueError where the difference is beyond ``limit``, in root mean squares: a guard, the equality test is not."""
+    apart, size = (float(t.double().square().mean().sqrt()) for t in (found.float() - expected.float(), expected))
+    if not apart <= limit * size:
+        raise ValueError(f"its numbers are {apart / size:.1%} off" if size else "its numbers are not 0")
+
+
 def _answer(entry: timing.Contender, setting: timing.Setting) -> Tensor:
     """What one call computes: the logits, or in training the loss."""
     with torch.inference_mode(setting.mode == "inference"):
-        return equality.tensors(entry.call())[0].float().clone()
+        return tensors(entry.call())[0].clone()
 
 
 # ---- memory

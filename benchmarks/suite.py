@@ -1,10 +1,10 @@
 """The measurements on one machine, in parts, within a time: ``python -m benchmarks.suite --output DIR``.
 
-Each part (ceilings, ops, training, inference, fusions, memory; ``benchmarks.parts``) runs in a process of its own, which is
-ended at its deadline and started again, without the item that it was at, where it dies. Every item is written to
-DIR/bench.jsonl when it is measured; at the end, and after an interruption, DIR/bench.json and DIR/bench.csv hold what
-there is, with machine, versions, commit, clocks and date, and what failed or was left out. Parts of earlier runs in the
-same folder are kept. ``python -m benchmarks.report`` draws bench.json once it lies in benchmarks/results/.
+Each part (ceilings, ops, training, inference, fusions, memory; ``benchmarks.parts``) runs in a process of its own,
+which is ended at its deadline and started again, without the item that it was at, where it dies. Every item is written
+to DIR/bench.jsonl when it is measured; after every part, and after an interruption, DIR/bench.json and DIR/bench.csv
+hold what there is, with machine, versions, commit, clocks and date, and what failed or was left out. Parts of earlier
+runs in the same folder are kept. ``python -m benchmarks.report`` draws bench.json once it lies in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,7 +106,10 @@ def _child(args: argparse.Namespace) -> int:
         append(file, {"run": args.run, "part": args.child, **line})
 
     skip = [key for key, line in of_run(read(file), args.run, args.child).items() if line["state"] != "left out"]
-    parts.run(args.child, settings, args.deadline, skip, tell)
+    try:
+        parts.run(args.child, settings, args.deadline, skip, tell)
+    except KeyboardInterrupt:  # the parent has it, too, and says so
+        return 130
     return 0
 
 
@@ -293,9 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"==> {part}, until {deadline - begin:.0f} s", flush=True)
             append(file, {"run": run, "part": part, "clocks": clocks()})
             _run_part(part, args, run, deadline)
+            write(args.output)
     except KeyboardInterrupt:
-        print("suite: interrupted; what was measured is kept", file=sys.stderr)
-        write(args.output)
+        print(summary(write(args.output)))
+        print(f"suite: interrupted; what was measured is kept in {args.output.name}", file=sys.stderr)
         return 130
     append(file, {"run": run, "part": "end", "clocks": clocks()})
     result = write(args.output)
@@ -304,4 +309,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a limit from outside is as good as Ctrl-C
     sys.exit(main())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from resnet_fast import dispatch
 from resnet_fast.__main__ import main
-from resnet_fast.commands import equality, verify
+from resnet_fast.commands import curves, units, verify
 from resnet_fast.models.blocks import BasicBlock, Bottleneck
 
 ROOT = Path(__file__).parents[1]
@@ -182,20 +182,20 @@ def test_betas_are_decided() -> None:
     torch.manual_seed(0)
     pre = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     pre[0, 0, 0, 0] = 1e-9
-    shift = verify._gap(pre, 1e-3)
+    shift = units._gap(pre, 1e-3)
     assert (pre + shift.view(1, -1, 1, 1)).abs().min() > 1e-3
     assert shift[0] != 0 and shift.abs().max() < 0.2
     constant = torch.zeros(2, 1, 3, 3)
-    assert (constant + verify._gap(constant, 1e-3)).abs().min() > 1e-3
+    assert (constant + units._gap(constant, 1e-3)).abs().min() > 1e-3
 
 
 def test_curve_check() -> None:
     line = [2.0, 1.5, 1.2]
     near = [v + 1e-3 for v in line]
-    good = equality.Curves("float32", near, near, line, line, [near])
-    assert equality.curve_check(good).ok
-    assert not equality.curve_check(good._replace(ours=[v + 1e-2 for v in line])).ok
-    assert not equality.curve_check(good._replace(ours=[2.0, float("nan"), 1.2])).ok
+    good = curves.Curves("float32", near, near, line, line, [near])
+    assert curves.curve_check(good).ok
+    assert not curves.curve_check(good._replace(ours=[v + 1e-2 for v in line])).ok
+    assert not curves.curve_check(good._replace(ours=[2.0, float("nan"), 1.2])).ok
 
 
 @pytest.mark.slow
