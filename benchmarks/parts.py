@@ -47,6 +47,7 @@ class Settings(NamedTuple):
 
     device: torch.device
     tiny: bool = False
+    every: int = 1  # of the layers of single ops, every so many-th
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -137,7 +138,11 @@ OPS_ON_CPU = ("conv_stats", "affine_act_mask", "affine_act_backward", "conv_back
 
 
 def _cases(op: str, settings: Settings) -> list[Case]:
-    """The table's; of a memory-bound op each size of y once; of the stem's ops the stem alone."""
+    """The table's; of a memory-bound op each size of y once; of the stem's ops the stem alone. Or some of them."""
+    return _all_cases(op, settings)[:: settings.every]
+
+
+def _all_cases(op: str, settings: Settings) -> list[Case]:
     table = TINY[:4] if settings.tiny else resnet50(settings.batch)
     stems = [case for case in table if case.name.startswith("stem")]
     if "maxpool" in op:
@@ -412,7 +417,7 @@ def _steps(settings: Settings, mode: str, progress: Progress) -> list[Record]:
                 entries.append(entry)
             except Exception as error:
                 reasons[step.name] = f"{type(error).__name__}: {error}"[:300]
-        seconds = 0.2 if settings.tiny else 25.0 if settings.device.type == "cpu" else 3.0
+        seconds = 0.2 if settings.tiny else 40.0 if settings.device.type == "cpu" else 3.0
         results = timing.measure(
             entries, setting, progress, rounds=None, seconds=seconds, baseline=plain.name, needed=()
         )

@@ -98,7 +98,7 @@ def provenance(argv: Sequence[str], commit: str | None) -> Record:
 def _child(args: argparse.Namespace) -> int:
     """Measure one part; called in a process of its own."""
     file = args.output / LINES
-    settings = parts.Settings(torch.device(args.device), args.tiny)
+    settings = parts.Settings(torch.device(args.device), args.tiny, args.every)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -120,8 +120,7 @@ def _run_part(part: str, args: argparse.Namespace, run: str, deadline: float) ->
         sys.executable, "-m", "benchmarks.suite", "--child", part, "--run", run, "--deadline", str(deadline),
         "--output", str(args.output), "--device", args.device, "--threads", str(args.threads or 0),
     ]  # fmt: skip
-    if args.tiny:
-        command.append("--tiny")
+    command += ["--every", str(args.every), *(["--tiny"] if args.tiny else [])]
     for _ in range(_RESTARTS):
         process = subprocess.Popen(command, cwd=ROOT)
         try:
@@ -272,12 +271,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=500.0, help="for everything (default: %(default)g)")
     parser.add_argument("--threads", type=int, help="torch's CPU threads (default: left as they are)")
     parser.add_argument("--commit", help="of a tree that is no git checkout")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the ops' layers every Nth (default: all)")
     parser.add_argument("--tiny", action="store_true", help="small shapes and short times: does it run at all?")
     for name, kind in (("--child", str), ("--run", str), ("--deadline", float)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if args.every < 1:
+        parser.error(f"--every {args.every}: supported are positive numbers")
     if args.child:
         return _child(args)
 
