@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import figures, report, suite
 from resnet_fast.commands import CommandError, machine, tables
+from resnet_fast.dispatch import BACKENDS
 
 ROOT = report.ROOT
 Result = dict[str, Any]
@@ -70,6 +73,23 @@ def rows(old: Result, new: Result) -> list[tuple[str, float, float, float]]:
     return [(key, before[key], now[key], now[key] / before[key]) for key in before if key in now]
 
 
+_PLAIN = ("channels_last", "eager")
+
+
+def gains(result: Result) -> dict[str, float]:
+    """Speed of each of our contenders by that of plain torch in the same run, by what was measured."""
+    settings: dict[str, dict[str, float]] = {}
+    for key, speed in speeds(result).items():
+        setting, name, group = re.fullmatch(r"(.*) (\S+?)( \(\S+\))?", key).groups(default="")  # type: ignore[union-attr]
+        settings.setdefault(setting + group, {})[name] = speed
+    found = {}
+    for setting, by_name in settings.items():
+        base = next((by_name[name] for name in _PLAIN if name in by_name), None)
+        ours = [name for name in by_name if name in ("resnet_fast", *BACKENDS)]
+        found.update({f"{setting} {name}": by_name[name] / base for name in ours if base})
+    return found
+
+
 def text(old: Result, new: Result) -> str:
     """The comparison as it is printed."""
     found = rows(old, new)
@@ -85,7 +105,16 @@ def text(old: Result, new: Result) -> str:
     if found:
         ratios = sorted(ratio for *_, ratio in found)
         lines.append(tables.table(cells, right=(1, 2, 3)))
-        lines.append(f"  median {ratios[len(ratios) // 2]:.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
+        lines.append(f"  median {median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    before, now = gains(old), gains(new)
+    both = [key for key in before if key in now]
+    if both:  # the machine's own ups and downs cancel
+        then, fresh, change = (
+            median(values) for values in zip(*((before[k], now[k], now[k] / before[k]) for k in both), strict=True)
+        )
+        lines.append(
+            f"  ours beside plain torch in the same run: {then:.2f}x then, {fresh:.2f}x now, {change:.2f} of it"
+        )
     return "\n".join(lines)
 
 

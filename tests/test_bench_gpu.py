@@ -494,6 +494,15 @@ def test_compare() -> None:
     assert compare.rows(_bench(), new) == [("resnet50 inference float32 batch 4 resnet_fast", 20.0, 30.0, 1.5)]
     text = compare.text(_bench(), new)
     assert "1.50" in text and "ANOTHER MACHINE" not in text
+    assert "ours beside plain torch" not in text  # nothing plain was measured again
+    half = [{"name": "channels_last", "images_per_second": 5.0}, {"name": "resnet_fast", "images_per_second": 15.0}]
+    slow = {**_bench(), "speed": [{**_bench()["speed"][0], "contenders": half}]}
+    assert "in the same run: 2.00x then, 3.00x now, 1.50 of it" in compare.text(_bench(), slow)
+    op = {"op": "conv_stats", "variant": "plain", "case": "a", "dtype": "float32", "batch": 4}
+    network = {"network": "r", "mode": "m", "dtype": "d", "batch": 1, "group": "plain"}
+    records = [{**op, "contender": "native", "ms_p50": 2.0}, {**op, "contender": "eager", "ms_p50": 3.0}]
+    records += [{**network, "contender": n, "images_per_second": s} for n, s in (("eager", 1), ("resnet_fast", 4))]
+    assert list(compare.gains({"records": records}).values()) == [1.5, 4.0]
     other = compare.text(_bench(), {**new, "cpu": "B", "threads": 8})
     assert "ANOTHER MACHINE TYPE" in other and "A then, B now" in other and "threads: 2 then, 8 now" in other
 
