@@ -77,7 +77,7 @@ START := $(shell date +%s)
 
 .PHONY: gpu-build bench-check
 gpu-build:
-	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device. Without one: make test, or python -m benchmarks.suite --device cpu --output DIR")'
 	@echo "==> Building the kernels for $$($(PYTHON) -c 'import sys; print(sys.executable)')"
 	@export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$$($(PYTHON) -c $(CAPABILITY))}"; \
 		RESNET_FAST_CUDA=$${RESNET_FAST_CUDA-1} $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .

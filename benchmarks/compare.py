@@ -80,7 +80,7 @@ def gains(result: Result) -> dict[str, float]:
     """Speed of each of our contenders by that of plain torch in the same run, by what was measured."""
     settings: dict[str, dict[str, float]] = {}
     for key, speed in speeds(result).items():
-        setting, name, group = re.fullmatch(r"(.*) (\S+?)( \(\S+\))?", key).groups(default="")  # type: ignore[union-attr]
+        setting, name, group = re.fullmatch(r"(.*) ([^\s(]\S*)( \(\S+\))?", key).groups(default="")  # type: ignore[union-attr]
         settings.setdefault(setting + group, {})[name] = speed
     found = {}
     for setting, by_name in settings.items():
