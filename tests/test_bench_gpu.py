@@ -449,7 +449,7 @@ def test_interrupted_tests_still_report(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.check_gpu", "--output", str(tmp_path / "out"), "--mark", "not gpu"]
     command += ["--", str(tmp_path), "-n", "0", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    end = time.time() + 60
+    end = time.time() + 120
     while time.time() < end and not (tmp_path / "began").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
