@@ -393,6 +393,10 @@ def _fusions(settings: Settings) -> Iterator[Item]:
         yield Item(f"fusions/{mode}", "fusions", functools.partial(_steps, settings, mode, progress))
 
 
+#: Seconds in which the steps' kernels are compiled (Triton's, on a GPU); later steps are left out, not all of them.
+_PREPARED = 30.0
+
+
 def _steps(settings: Settings, mode: str, progress: Progress) -> list[Record]:
     """ResNet-50, or a small one, with one kind of fusion more at each step, all in turns."""
     source = "cifar_resnet20" if settings.tiny else "resnet50"
@@ -409,7 +413,11 @@ def _steps(settings: Settings, mode: str, progress: Progress) -> list[Record]:
         plain = fusions.contender(steps[0], model, x, setting)
         entries, reasons = [plain], {}
         expected = _answer(plain, setting)
+        begin = time.time()
         for step in steps[1:]:
+            if time.time() - begin > _PREPARED:
+                reasons[step.name] = "left out: preparing the steps before it took all the time"
+                continue
             try:
                 entry = fusions.contender(step, model, x, setting)
                 if not step.graph:  # which runs what the step before it runs

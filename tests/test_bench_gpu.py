@@ -204,6 +204,13 @@ def test_wrong_numbers_are_no_step() -> None:
             parts._compare(bad, good, 0.03)
 
 
+def test_steps_that_take_too_long_to_prepare_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_PREPARED", -1.0)
+    first, *rest = sorted(parts.items("fusions", TINY)[0].measure(), key=lambda r: r["failed"] is not None)
+    assert first["ratio"] == 1 and first["contender"] == fusions.steps("cpu", "inference")[0].name
+    assert len(rest) == 5 and all("took all the time" in r["failed"] for r in rest)
+
+
 @pytest.mark.slow
 def test_fusions_are_measured() -> None:
     for item, mode in zip(parts.items("fusions", TINY), ("inference", "training"), strict=True):
