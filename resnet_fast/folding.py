@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import buffers
+from . import buffers, switches
 from .autograd import ConvBn, layer_tensors, scale_shift
 from .dispatch import backend, choose, hook, prepare, reasons
 from .functional import to_channels_last
@@ -180,7 +180,7 @@ class FoldCache:
 
         ``situation``: all, besides what ``watch`` watches, that made the caller come here; for ``recall``.
         """
-        if not _can_watch(device):
+        if not _can_watch(device) or not switches.on("folding"):
             return None
         static = (dtype, choose("conv_affine_act", device, dtype), *(layer[_TENSOR_FIELDS:] for layer in layers))
         tensors = [t for layer in layers for t in layer[:_TENSOR_FIELDS] if isinstance(t, Tensor)]

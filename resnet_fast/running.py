@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional as f
+from . import switches
 from .dispatch import forced_backend, measured_blocks, use_backend
 from .folding import FoldCache, Folded, Program, arithmetic, cast, folded_block
 from .guards import (
@@ -174,6 +175,8 @@ def program(
     """The blocks of ``stage``, which have just run in ``situation``, as one program; None where one of them did not run
     folded, or must be called for its shortcut.
     """
+    if not switches.on("programs"):
+        return None
     if any(isinstance(plan.shortcut, Opaque) or plan.pool for plan in plans):
         return None
     if not all(cache.is_folded for cache in caches):

@@ -30,6 +30,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "_C": -1,
     "buffers": -1,
+    "switches": -1,
     "tables": -1,
     "backends": 0,
     "dispatch": 1,
@@ -58,6 +59,7 @@ FLOORS = {
 }
 #: On one floor, left may import right.
 SIDEWAYS = {
+    ("buffers", "switches"),
     ("ops", "dispatch"),
     ("functional", "autograd"),
     ("folding", "autograd"),
@@ -129,7 +131,7 @@ def test_nobody_imports_upward_or_sideways(path: Path) -> None:
 def test_backends_know_torch_and_their_kernels_alone(path: Path) -> None:
     allowed = {"torch", "triton", *sys.stdlib_module_names}
     ours = {f"resnet_fast.backends.{name}" for name in ("direct", "library", "winograd")}
-    own = {"resnet_fast._C", "resnet_fast.buffers", *ours}
+    own = {"resnet_fast._C", "resnet_fast.buffers", "resnet_fast.switches", *ours}
     for name in imported(path):
         own_package = path.parent.name != "backends" and name.startswith(f"resnet_fast.backends.{path.parent.name}.")
         assert name.split(".")[0] in allowed or name in own or own_package, name

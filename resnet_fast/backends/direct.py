@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from resnet_fast import buffers
+from resnet_fast import buffers, switches
 
 try:
     from resnet_fast import _C
@@ -48,6 +48,8 @@ def why_not(
     """None where ``conv`` runs this convolution and is the faster, else the reason."""
     if device.type != "cpu" or _C is None:
         return "not on a CPU with resnet_fast._C"
+    if not switches.on("products"):
+        return "switched off"
     if not _has_registers():
         return f"{_C.cpu.isa()}: the library is the faster without AVX-512"
     if dtype != torch.float32:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast import buffers
 
-from .equality import LOSS_SCALE, autocast, in_layout, loss
 from .progress import Progress
+from .steps import LOSS_SCALE, autocast, in_layout, loss
 
 __all__ = [
     "AGAINST",
@@ -30,6 +30,7 @@ __all__ = [
     "Contender",
     "Result",
     "Setting",
+    "attempt",
     "contender",
     "contenders",
     "empty_cache",
@@ -120,6 +121,19 @@ def _step(model: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, setting
         return value.detach()
 
     return call
+
+
+def attempt(name: str, make: Callable[[], Contender]) -> Contender:
+    """What ``make`` makes; where that raises, a contender of this name whose call raises it: reported as failed."""
+    try:
+        return make()
+    except Exception as error:
+        reason = error
+
+        def call() -> None:
+            raise reason
+
+        return Contender(name, call)
 
 
 def contenders(model: nn.Module, x: Tensor, setting: Setting, against: Sequence[str]) -> list[Contender]:
@@ -357,7 +371,15 @@ def measure(
             for i in range(rounds):
                 for j in range(len(able)):
                     c = able[(i + j) % len(able)]
-                    times[c.name].append(_turn(c.call, calls[c.name], device))
+                    if c.name in failed:
+                        continue
+                    try:
+                        times[c.name].append(_turn(c.call, calls[c.name], device))
+                    except Exception as error:  # memory runs out late, say: the others go on
+                        if c.name in needed:
+                            raise
+                        failed[c.name] = _why(error)
+                        progress.warn(f"{c.name} cannot run: {failed[c.name]}")
     found = []
     for c in entries:
         if c.name in failed:
@@ -365,7 +387,7 @@ def measure(
             continue
         mine = times[c.name]
         p20, p50, p80 = (quantile(mine, q) for q in (0.2, 0.5, 0.8))
-        base = times.get(baseline)
+        base = times.get(baseline) if baseline not in failed else None
         ratio = quantile([b / t for b, t in zip(base, mine, strict=True)], 0.5) if base else None
         found.append(
             Result(
