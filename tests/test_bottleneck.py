@@ -6,7 +6,6 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,21 +328,6 @@ def test_blocks_without_the_kernel_say_why() -> None:
         assert inference.whole_block_why_not(x, linear, **shortcut) == "a layer without its ReLU"
     with use_backend("torch"):
         assert inference.whole_block_why_not(x, layers, **shortcut) == "no backend for cpu has it"
-
-
-def test_whole_blocks_run_where_asked_for_or_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [ConvBn(torch.empty(64, 256, 1, 1))]
-    gpu: Any = SimpleNamespace(device=torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    assert not inference._wants_whole_block(gpu, layers)
-    assert not inference._wants_whole_block(torch.empty(1), layers)
-    monkeypatch.setitem(inference.MEASURED, "A GPU", frozenset({64}))
-    assert inference._wants_whole_block(gpu, layers)
-    assert not inference._wants_whole_block(gpu, [ConvBn(torch.empty(128, 512, 1, 1))])
-    with use_backend("triton"):
-        assert not inference._wants_whole_block(gpu, layers)
-    with use_backend("native"):
-        assert inference._wants_whole_block(gpu, layers)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"gamma": None, "beta": None}], ids=["plain", "bias", "bare"])

@@ -47,6 +47,7 @@ FLOORS = {
     "adapters": 4,
     "fuse": 4,
     "tuning": 4,
+    "inference_tuning": 4,
     "models": 4,
     "recipes": 5,
     "commands": 5,
@@ -68,6 +69,8 @@ SIDEWAYS = {
     ("schedule", "plan"),
     ("fuse", "adapters"),
     ("tuning", "fuse"),
+    ("tuning", "inference_tuning"),
+    ("inference_tuning", "fuse"),
     ("recipes", "commands"),  # their errors, progress, plots
     ("commands", "recipes"),  # train, evaluate, analyze
     ("__main__", "commands"),
