@@ -285,6 +285,9 @@ GROUPS = {
     "plain": _PLAIN,
     "compile": ("channels_last", "compile", f"compile{timing.GRAPH}", "resnet_fast"),
     "max-autotune": ("channels_last", "compile_max", f"compile_max{timing.GRAPH}", "resnet_fast"),
+    "captured": ("channels_last", "resnet_fast", timing.CAPTURED),
+    "graphs": ("channels_last", "reduce_overhead", "resnet_fast", timing.CAPTURED),
+    "all graphs": ("channels_last", "max_autotune", "compile_frozen", "resnet_fast", timing.CAPTURED),
 }
 
 
@@ -302,11 +305,15 @@ def _networks(settings: Settings, mode: str) -> list[Network]:
     found += [Network("resnet50", 256 // half, dtype, "eager") for dtype in others]
     found += [Network(name, 256 // half, first, "plain") for name in ("timm:resnet50", "torchvision:resnet50")]
     if mode == "inference":
-        found.append(Network("resnet50", 1, first, "eager"))
-        found.append(Network("resnet50", 1, first, "compile"))
+        found += [Network("resnet50", 1, first, group) for group in ("eager", "graphs", "compile")]
+        found += [Network("resnet50", batch, first, "captured") for batch in (8, 32, 128)]
+        found.append(Network("resnet50", 256, first, "graphs"))
     found += [Network("resnet18", 512 // half, first, "compile"), Network("resnet101", 256 // half, first, "compile")]
     found.append(Network("resnet50", 64 // half, first, "compile"))
     found.append(Network("resnet50", 256 // half, first, "max-autotune"))
+    if mode == "inference":
+        found += [Network("resnet50", batch, first, "graphs") for batch in (128, 32, 8)]
+        found += [Network("resnet50", batch, first, "all graphs") for batch in (256, 1)]
     return found
 
 

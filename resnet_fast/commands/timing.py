@@ -21,12 +21,14 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast import buffers
 
-from .equality import LOSS_SCALE, autocast, in_layout, loss
+from .equality import LOSS_SCALE, autocast, in_layout, loss, tensors
 from .progress import Progress
 
 __all__ = [
     "AGAINST",
+    "CAPTURED",
     "GRAPH",
+    "GRAPHED",
     "Contender",
     "Result",
     "Setting",
@@ -40,7 +42,11 @@ __all__ = [
 ]
 
 #: What ours can be timed against, in the order of the table.
-AGAINST = ("eager", "channels_last", "compile")
+AGAINST = ("eager", "channels_last", "compile", "reduce_overhead", "max_autotune")
+#: Those of it that replay CUDA graphs of their own making.
+GRAPHED = ("reduce_overhead", "max_autotune")
+#: Ours by ``resnet_fast.capture``, the copy of the input into its buffer included.
+CAPTURED = "captured"
 #: What follows a contender's name where its call is a CUDA graph.
 GRAPH = "+graph"
 
@@ -125,11 +131,12 @@ def _step(model: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, setting
 def contenders(model: nn.Module, x: Tensor, setting: Setting, against: Sequence[str]) -> list[Contender]:
     """Ours and every name of ``against``, each on a copy of ``model``; ``x`` (batch, 3, size, size) float32.
 
-    "eager" is torch in its default layout (NCHW), "channels_last" torch in that layout, "compile" torch.compile of the
-    latter, with freezing in CPU inference. In inference weights and images are in the dtype; training in a low dtype
-    is autocast over float32 parameters.
+    Ours also by ``capture``, in inference on a GPU. "eager" is torch in its default layout (NCHW), "channels_last"
+    torch in that layout, "compile" torch.compile of the latter, with freezing in CPU inference. In inference weights
+    and images are in the dtype; training in a low dtype is autocast over float32 parameters.
     """
-    return [contender(name, model, x, setting) for name in (*against, "resnet_fast")]
+    captured = (CAPTURED,) if setting.mode == "inference" and setting.device.type == "cuda" else ()
+    return [contender(name, model, x, setting) for name in (*against, "resnet_fast", *captured)]
 
 
 def contender(
@@ -137,8 +144,10 @@ def contender(
 ) -> Contender:
     """One of ``contenders`` by its name, on a copy of ``model``; "resnet_fast" is what ``fuse`` makes of it.
 
-    "compile_max" besides: torch.compile(mode="max-autotune-no-cudagraphs"). Behind any name "+graph": the whole call
-    replayed as a CUDA graph, recorded at the first call.
+    torch.compile besides: "reduce_overhead" and "max_autotune", its modes of these names, which replay CUDA graphs;
+    "compile_max", the latter without graphs, and "compile_frozen", that with inductor's freezing. "captured" is what
+    ``resnet_fast.capture`` makes of ours. Behind any name "+graph": the whole call replayed as a CUDA graph, recorded
+    at the first call.
     """
     kind = name.removesuffix(GRAPH)
     training = setting.mode == "training"
@@ -149,14 +158,56 @@ def contender(
     forward: Callable[[Tensor], Any] = own
     if kind in _COMPILE:
         forward = torch.compile(own, dynamic=False, **_COMPILE[kind])
-    elif kind == "resnet_fast":
+        forward = _Frozen(forward) if kind == "compile_frozen" else forward
+    elif kind in ("resnet_fast", CAPTURED):
         forward = fuse(own)
+        forward = _Captured(own) if kind == CAPTURED else forward
     call = _step(own, forward, inputs, setting) if training else _bind(forward, inputs)
     return Contender(name, _Graph(call) if name.endswith(GRAPH) else call)
 
 
 #: Names of torch.compile's contenders, and its options.
-_COMPILE: dict[str, dict[str, Any]] = {"compile": {}, "compile_max": {"mode": "max-autotune-no-cudagraphs"}}
+_COMPILE: dict[str, dict[str, Any]] = {
+    "compile": {},
+    "compile_max": {"mode": "max-autotune-no-cudagraphs"},
+    "compile_frozen": {"mode": "max-autotune-no-cudagraphs"},
+    "reduce_overhead": {"mode": "reduce-overhead"},
+    "max_autotune": {"mode": "max-autotune"},
+}
+
+
+class _Frozen:
+    """A compiled model whose first call, which compiles, has inductor's freezing on."""
+
+    def __init__(self, forward: Callable[[Tensor], Any]) -> None:
+        self._forward, self._compiled = forward, False
+
+    def __call__(self, x: Tensor) -> Any:
+        if self._compiled:
+            return self._forward(x)
+        inductor = importlib.import_module("torch._inductor.config")
+        with inductor.patch(freezing=True):
+            output = self._forward(x)
+        self._compiled = True
+        return output
+
+
+class _Captured:
+    """A fused model by ``resnet_fast.capture``, at the first call, and not if a replay's numbers are other ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._graph: Callable[[Tensor], Any] | None = None
+
+    def __call__(self, x: Tensor) -> Any:
+        if self._graph is None:
+            graph = resnet_fast.capture(self._model, x)
+            found, expected = (tensors(forward(x))[0] for forward in (graph, self._model))
+            apart = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+            if not apart <= 16 * torch.finfo(expected.dtype).eps:
+                raise RuntimeError(f"captured: its numbers are {apart:.1%} off the model's")
+            self._graph = graph
+        return self._graph(x)
 
 
 class _Graph:
@@ -324,9 +375,11 @@ def measure(
     once: dict[str, float] = {}
     device = setting.device
     torch._dynamo.reset()
-    with _running(setting, any(c.name.startswith("compile") for c in entries)):
+    with _running(setting, any(c.name.removesuffix(GRAPH) in _COMPILE for c in entries)):
         for c in entries:
-            with progress(f"{words}: {'compiling' if c.name == 'compile' else 'warming up'} ({c.name})"):
+            with progress(
+                f"{words}: {'compiling' if c.name.removesuffix(GRAPH) in _COMPILE else 'warming up'} ({c.name})"
+            ):
                 try:
                     begin = time.perf_counter()
                     c.call()
