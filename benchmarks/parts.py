@@ -22,7 +22,7 @@ from benchmarks import roofline
 from benchmarks.rounds import Rounds, Timer
 from resnet_fast.commands import equality, sources, timing
 from resnet_fast.commands.progress import Progress
-from resnet_fast.dispatch import BACKENDS, OPS, reasons, use_backend
+from resnet_fast.dispatch import BACKENDS, OPS, forget, reasons, use_backend
 from tests.cases import TINY, Case, inputs, resnet50
 
 Record = dict[str, Any]
@@ -285,7 +285,9 @@ GROUPS = {
     "plain": _PLAIN,
     "compile": ("channels_last", "compile", f"compile{timing.GRAPH}", "resnet_fast"),
     "max-autotune": ("channels_last", "compile_max", f"compile_max{timing.GRAPH}", "resnet_fast"),
-    "captured": ("channels_last", "resnet_fast", timing.CAPTURED),
+    "captured": ("eager", "channels_last", "resnet_fast", timing.CAPTURED),
+    "ways": ("channels_last", "resnet_fast", *(f"resnet_fast:{name}" for name in ("native", "triton"))),
+    "tuned": ("channels_last", timing.TUNED, f"{timing.TUNED}{timing.GRAPH}"),
     "graphs": ("channels_last", "reduce_overhead", "resnet_fast", timing.CAPTURED),
     "all graphs": ("channels_last", "max_autotune", "compile_frozen", "resnet_fast", timing.CAPTURED),
 }
@@ -305,14 +307,15 @@ def _networks(settings: Settings, mode: str) -> list[Network]:
     found += [Network("resnet50", 256 // half, dtype, "eager") for dtype in others]
     found += [Network(name, 256 // half, first, "plain") for name in ("timm:resnet50", "torchvision:resnet50")]
     if mode == "inference":
-        found += [Network("resnet50", 1, first, group) for group in ("eager", "graphs", "compile")]
+        found += [Network("resnet50", 256, first, group) for group in ("ways", "tuned")]
+        found += [Network("resnet50", 1, first, group) for group in ("eager", "graphs", "compile", "tuned")]
         found += [Network("resnet50", batch, first, "captured") for batch in (8, 32, 128)]
         found.append(Network("resnet50", 256, first, "graphs"))
     found += [Network("resnet18", 512 // half, first, "compile"), Network("resnet101", 256 // half, first, "compile")]
     found.append(Network("resnet50", 64 // half, first, "compile"))
     found.append(Network("resnet50", 256 // half, first, "max-autotune"))
     if mode == "inference":
-        found += [Network("resnet50", batch, first, "graphs") for batch in (128, 32, 8)]
+        found += [Network("resnet50", batch, first, group) for batch in (128, 32, 8) for group in ("graphs", "tuned")]
         found += [Network("resnet50", batch, first, "all graphs") for batch in (256, 1)]
     return found
 
@@ -354,9 +357,13 @@ def _network(settings: Settings, mode: str, network: Network, progress: Progress
     setting = timing.Setting(mode, network.batch, _size(settings), network.dtype, settings.device)
     entries = [timing.contender(name, model, x, setting) for name in GROUPS[network.group]]
     seconds = 0.2 if settings.tiny else 5.0 if settings.device.type == "cpu" else 2.0
-    results = timing.measure(
-        entries, setting, progress, rounds=None, seconds=seconds, baseline="channels_last", needed=()
-    )
+    try:
+        results = timing.measure(
+            entries, setting, progress, rounds=None, seconds=seconds, baseline="channels_last", needed=()
+        )
+    finally:
+        if timing.TUNED in GROUPS[network.group]:
+            forget()  # what was measured for these contenders is not for the next ones
     found = []
     for r in results:
         record: Record = {

@@ -97,7 +97,7 @@ def assert_same_opinion(found: Judged, z: Tensor, torchs: Tensor) -> None:
 
 @functools.lru_cache(maxsize=1)
 def small(name: str) -> Judged:
-    return judged(name, 65, 81, _PHOTOGRAPHS + _NOISE)
+    return judged(name, 49, 57, _PHOTOGRAPHS + _NOISE)
 
 
 def compare(found: Judged, dtype: torch.dtype, batches: tuple[int, ...], asked: str | None = None) -> None:
@@ -128,7 +128,7 @@ def test_top1_on_a_cpu(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("h, w", [(224, 224), (225, 199)])
 def test_top1_at_full_size(h: int, w: int) -> None:
-    found = judged("resnet50", h, w, _PHOTOGRAPHS + _NOISE)
+    found = judged("resnet18", h, w, _PHOTOGRAPHS + _NOISE)
     for dtype in DTYPES:
         compare(found, dtype, (len(found.x),))
 

@@ -18,6 +18,7 @@ from benchmarks import check_gpu, compare, parts, reduced, suite
 from benchmarks.parts import Item, Settings
 from benchmarks.rounds import Timer
 from resnet_fast.commands import timing
+from resnet_fast.commands.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def test_plan_for_a_gpu(part: str) -> None:
         assert all(word in text for word in words)
         if part == "inference":  # capture() at every batch of interest, with torch.compile's graphs beside it
             for batch in (1, 8, 32, 128, 256):
-                assert f"inference/resnet50/{batch}/bfloat16/graphs" in keys
+                assert {f"inference/resnet50/{batch}/bfloat16/{group}" for group in ("graphs", "tuned")} <= set(keys)
             assert {timing.CAPTURED, "reduce_overhead"} < set(parts.GROUPS["graphs"])
 
 
@@ -116,6 +117,21 @@ def test_capture_is_a_contender_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(timing.resnet_fast, "capture", capture(1.1))
     with pytest.raises(RuntimeError, match=r"captured: its numbers are 10\.0% off"):
         timing._Captured(torch.nn.Identity())(x)
+
+
+def test_tuned_is_warmed_up_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, for its own network, size and dtype; the contenders of the next group have no table of it."""
+    asked: list[Any] = []
+    forgotten: list[int] = []
+    monkeypatch.setattr(timing.resnet_fast, "warmup", lambda model, shape, **options: asked.append((*shape, options)))
+    monkeypatch.setattr(parts, "forget", lambda: forgotten.append(1))
+    monkeypatch.setitem(parts.GROUPS, "tuned", ("channels_last", timing.TUNED))
+    records = parts._network(TINY, "inference", parts.Network("cifar_resnet20", 2, torch.float32, "tuned"), Progress())
+    assert {r["contender"] for r in records} == {"channels_last", "tuned"} and not any(r["failed"] for r in records)
+    assert len(asked) == 1 and asked[0][:4] == (2, 3, 32, 32) and asked[0][4]["dtype"] == torch.float32
+    assert forgotten == [1]
+    parts._network(TINY, "inference", parts.Network("cifar_resnet20", 2, torch.float32, "plain"), Progress())
+    assert forgotten == [1]
 
 
 def test_freezing_is_on_while_it_compiles() -> None:

@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ __all__ = [
     "CAPTURED",
     "GRAPH",
     "GRAPHED",
+    "TUNED",
     "Contender",
     "Result",
     "Setting",
@@ -47,6 +49,8 @@ AGAINST = ("eager", "channels_last", "compile", "reduce_overhead", "max_autotune
 GRAPHED = ("reduce_overhead", "max_autotune")
 #: Ours by ``resnet_fast.capture``, the copy of the input into its buffer included.
 CAPTURED = "captured"
+#: Ours after ``resnet_fast.warmup`` of the same network and size.
+TUNED = "tuned"
 #: What follows a contender's name where its call is a CUDA graph.
 GRAPH = "+graph"
 
@@ -146,8 +150,9 @@ def contender(
 
     torch.compile besides: "reduce_overhead" and "max_autotune", its modes of these names, which replay CUDA graphs;
     "compile_max", the latter without graphs, and "compile_frozen", that with inductor's freezing. "captured" is what
-    ``resnet_fast.capture`` makes of ours. Behind any name "+graph": the whole call replayed as a CUDA graph, recorded
-    at the first call.
+    ``resnet_fast.capture`` makes of ours, "tuned" is ours by a table that ``resnet_fast.warmup`` fills at the first
+    call (``dispatch.forget()`` afterwards, or others use it too). Behind any name "+graph": the whole call replayed as
+    a CUDA graph, recorded at the first call. Behind "resnet_fast:" may stand the one backend to fuse for.
     """
     kind = name.removesuffix(GRAPH)
     training = setting.mode == "training"
@@ -159,9 +164,12 @@ def contender(
     if kind in _COMPILE:
         forward = torch.compile(own, dynamic=False, **_COMPILE[kind])
         forward = _Frozen(forward) if kind == "compile_frozen" else forward
-    elif kind in ("resnet_fast", CAPTURED):
+    elif kind.startswith("resnet_fast:"):
+        forward = resnet_fast.fuse(own, backend=kind.partition(":")[2])
+    elif kind in ("resnet_fast", CAPTURED, TUNED):
         forward = fuse(own)
-        forward = _Captured(own) if kind == CAPTURED else forward
+        if kind != "resnet_fast":
+            forward = _Captured(own) if kind == CAPTURED else _Tuned(own)
     call = _step(own, forward, inputs, setting) if training else _bind(forward, inputs)
     return Contender(name, _Graph(call) if name.endswith(GRAPH) else call)
 
@@ -232,6 +240,20 @@ class _Graph:
                 self._call()
             self._graph = graph
         self._graph.replay()
+
+
+class _Tuned:
+    """A fused model by a table of its own, which is measured at the first call and written nowhere that lasts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._warm = model, False
+
+    def __call__(self, x: Tensor) -> Any:
+        if not self._warm:
+            with tempfile.TemporaryDirectory() as folder:
+                resnet_fast.warmup(self._model, x.shape, dtype=x.dtype, cache=folder, progress=False)
+            self._warm = True
+        return self._model(x)
 
 
 def _bind(forward: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
