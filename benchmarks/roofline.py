@@ -90,6 +90,8 @@ def op_cost(op: str, case: Case, itemsize: int, variant: str) -> Cost:
         pixels = case.N * case.H * case.W
         weights = case.K * (case.C + 9 * case.K + out) + (case.C * out if options else 0)
         return Cost((pixels * (case.C + out) + weights) * itemsize, 2 * pixels * weights)
+    if op == "stem":
+        return Cost(s.x + s.w + s.pooled, flops)
     costs = {
         "bn_stats": Cost(s.y, 0),
         "affine_act": Cost(2 * s.y + residual, 0),

@@ -33,11 +33,13 @@ __all__ = [
     "run_way",
     "unable",
     "whole_block_why_not",
+    "whole_stem_why_not",
 ]
 
 #: The ways to run a block, by the names that tables have for them.
 WAYS: dict[str, str] = {
     "bottleneck": "the whole block in one kernel",
+    "stem": "the whole stem, its max-pool too, in one kernel",
     "triton": "each convolution with its batch norm in one Triton kernel",
     "cudnn": "each convolution with its batch norm in one of cuDNN's",
     "mixed": "each convolution in the way that is fastest for it",
@@ -93,7 +95,7 @@ class Way(NamedTuple):
         return f"{self.name} ({', '.join(self.convolutions)})" if self.convolutions else self.name
 
 
-_WHOLE, _LIBRARY, _UNFUSED = Way("bottleneck"), Way("library"), Way("unfused")
+_BLOCK, _STEM, _LIBRARY, _UNFUSED = Way("bottleneck"), Way("stem"), Way("library"), Way("unfused")
 
 
 def affines(layers: Sequence[ConvBn]) -> list[tuple[Tensor, Tensor]]:
@@ -136,6 +138,22 @@ def whole_block_why_not(
     return ask(x.device, x.dtype, list(x.shape), sizes)
 
 
+def whole_stem_why_not(request: Request) -> str | None:
+    """None where one kernel can run the whole stem, else the reason."""
+    if not request.pool or len(request.layers) != 1:
+        return "no convolution with the max-pool behind it (supported: a stem)"
+    (layer,) = request.layers
+    found = (tuple(layer.stride), tuple(layer.padding), tuple(layer.dilation), layer.groups)
+    if found != ((2, 2), (3, 3), (1, 1), 1):
+        stride, pad, dilation, groups = found
+        return f"stride {stride}, padding {pad}, dilation {dilation}, groups {groups} (supported: 2, 3, 1, 1)"
+    x = request.x
+    ask = hook("stem", "why_not", x.device, x.dtype)
+    if ask is None:
+        return f"no backend for {x.device} has it"
+    return ask(x.device, x.dtype, list(x.shape), list(layer.weight.shape))
+
+
 # ---- which way, and why
 
 
@@ -145,6 +163,8 @@ def unable(name: str, request: Request, asked: bool = False) -> str | None:
         return "this version has no such way"
     if name == "bottleneck":
         return whole_block_why_not(request.x, request.layers, request.projection, request.identity)
+    if name == "stem":
+        return whole_stem_why_not(request)
     if name in ("library", "unfused"):
         return None
     if request.pool and len(request.layers) == 1:
@@ -180,12 +200,18 @@ def _by_row(row: Row, request: Request) -> tuple[Way, float, list[str]]:
     return _LIBRARY, float("nan"), left_out
 
 
+def _whole(request: Request) -> Way:
+    """One kernel for all of it."""
+    return _STEM if request.pool else _BLOCK
+
+
 def choose_way(request: Request) -> Way:
     """How the block runs: as asked for by ``use_backend``, as measured, or by the order of backends."""
     x = request.x
     forced = forced_backend()
     if forced == "native":
-        return _LIBRARY if unable("bottleneck", request) is not None else _WHOLE
+        whole = _whole(request)
+        return _LIBRARY if unable(whole.name, request) is not None else whole
     if forced is None and x.device.type == "cuda" and (rows := dispatch.measured_inference(x.device)):
         row = rows.get(request.signature)
         if row is not None:
@@ -200,8 +226,8 @@ def explain_way(request: Request) -> tuple[Way, str]:
     way = choose_way(request)
     if forced_backend() not in (None, "native"):
         return way, "asked for"
-    whole = unable("bottleneck", request)
-    other = "" if way == _WHOLE else "; one kernel for the whole block can run it, too"
+    whole = unable(_whole(request).name, request)
+    other = "" if way == _whole(request) else "; one kernel for all of it can run it, too"
     if whole is not None:
         other = f"; not in one kernel: {whole}"
     if forced_backend() is not None:
@@ -233,7 +259,7 @@ def fused_block(
     """``functional.residual_block`` of layers with given statistics, without gradients; None where that is the way.
 
     Arguments, result and errors are those of ``residual_block``. A stem's convolution (``pool``) is the library's, and
-    all behind it one pass.
+    all behind it one pass, unless all of it is one kernel.
     """
     every = [*layers, projection] if projection is not None else list(layers)
     if isinstance(x, Tensor) and x.dim() == 4:
@@ -255,7 +281,9 @@ def run_way(way: Way, request: Request, residual: Tensor | None = None) -> Tenso
     if way == _UNFUSED:
         return _unfused(x, layers, side, residual, identity, pool)
     vectors = affines(request.every)
-    if way == _WHOLE:
+    if way == _STEM:
+        return ops.stem(x, layers[0].weight, *vectors[0])
+    if way == _BLOCK:
         operands = [t for layer, pair in zip(request.every, vectors, strict=True) for t in (layer.weight, *pair)]
         return ops.bottleneck(x, *operands)
     backends = way.convolutions or (way.name,) * len(request.every)

@@ -125,15 +125,16 @@ def test_unmeasured_blocks_run_as_before_and_say_so(gpu: None) -> None:
     found = lines(half(resnet50()), (8, 3, 64, 64))
     assert {step.direction for step in found.values()} == {"inference"}
     assert {step.runs for step in found.values()} == {"library"}
-    whole = "; one kernel for the whole block can run it, too; warmup(model.eval(), input_shape) decides"
+    whole = "; one kernel for all of it can run it, too; warmup(model.eval(), input_shape) decides"
     assert all(s.reason.startswith("not measured, and no GPU has run the other ways; ") for s in found.values())
-    # Stages 1 and 2 have the kernel, but for the block of stride 2.
+    # The stem and stages 1 and 2 have a kernel, but for the block of stride 2.
     assert {name for name, step in found.items() if step.reason.endswith(whole)} == {
-        *(f"layer1.{i}" for i in range(3)), *(f"layer2.{i}" for i in range(1, 4)),
+        "", *(f"layer1.{i}" for i in range(3)), *(f"layer2.{i}" for i in range(1, 4)),
     }  # fmt: skip
     assert "; not in one kernel: stride (2, 2), padding (1, 1)" in found["layer2.0"].reason
     assert "; not in one kernel: width 256 (supported: 64, 128)" in found["layer3.1"].reason
-    assert "; not in one kernel: 1 layers and no shortcut" in found[""].reason
+    with use_backend("native"):
+        assert lines(half(resnet50()), (8, 3, 64, 64))[""].runs == "stem"
 
 
 @needs_machine
@@ -226,6 +227,34 @@ def test_stem_by_every_way(way: str) -> None:
         z = run_way(Way(way), Request(block.x, block.layers, pool=True))
     ref64 = F.max_pool2d(block.map(lambda name, t: to_float64(t)).torchs(), 3, 2, 1)
     assert_close(z, ref64, F.max_pool2d(block.torchs(), 3, 2, 1))
+
+
+@needs_machine
+@pytest.mark.parametrize("h, w", [(7, 5), (33, 40)])
+def test_stem_in_one_kernel(kernels: None, h: int, w: int) -> None:
+    """By use_backend("native"), from the batch norm's own tensors."""
+    block = Block("chain1", torch.float16, train=False)
+    layer = block.layers[0]._replace(stride=(2, 2), padding=(3, 3), weight=torch.randn(64, 3, 7, 7).half() / 12)
+    layer = layer._replace(**{n: torch.rand(64) + 0.5 for n in ("gamma", "beta", "running_mean", "running_var")})
+    x = torch.randn(2, 3, h, w).half()
+    request = Request(x, [layer], pool=True)
+    with torch.no_grad(), use_backend("native"):
+        assert inference.choose_way(request) == Way("stem")
+        z = inference.fused_block(x, [layer], pool=True)
+    wide = layer._replace(
+        **{n: getattr(layer, n).double() for n in ("weight", "gamma", "beta", "running_mean", "running_var")}
+    )
+    ref64, torchs = (run_way(Way("unfused"), Request(t, [la], pool=True)) for t, la in ((x.double(), wide), (x, layer)))
+    assert z is not None
+    assert_close(z, ref64, torchs)
+    for change, reason in (
+        ({"stride": (1, 1)}, "stride"),
+        ({"padding": (2, 2)}, "padding"),
+        ({"weight": torch.randn(64, 3, 5, 5).half()}, "a filter"),
+    ):
+        other = request._replace(layers=[layer._replace(**change)])
+        assert reason in (inference.whole_stem_why_not(other) or "")
+    assert "supported: a stem" in (inference.whole_stem_why_not(request._replace(pool=False)) or "")
 
 
 @needs_machine
