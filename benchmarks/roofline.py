@@ -90,7 +90,7 @@ def op_cost(op: str, case: Case, itemsize: int, variant: str) -> Cost:
         pixels = case.N * case.H * case.W
         weights = case.K * (case.C + 9 * case.K + out) + (case.C * out if options else 0)
         return Cost((pixels * (case.C + out) + weights) * itemsize, 2 * pixels * weights)
-    if op == "stem":
+    if op == "whole_stem":
         return Cost(s.x + s.w + s.pooled, flops)
     costs = {
         "bn_stats": Cost(s.y, 0),

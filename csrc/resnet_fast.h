@@ -341,10 +341,10 @@ void maxpool_backward_sums(const MaxpoolBackwardSums& args);
 void maxpool_backward_apply(const MaxpoolBackwardApply& args);
 
 void bottleneck(const Bottleneck& args);
-void stem(const WholeStem& args);
+void whole_stem(const WholeStem& args);
 
-/// Bytes of shared memory that stem() needs.
-int64_t stem_shared();
+/// Bytes of shared memory that whole_stem() needs.
+int64_t whole_stem_shared();
 
 /// Bytes of shared memory that bottleneck() needs for these sizes, or -1 where it has no kernel:
 /// with all weights in it (`resident`, done where the device has so much), or streamed through it.

@@ -283,7 +283,7 @@ class _Cuda(_Ops, Protocol):
     @staticmethod
     def bottleneck_shared(*, c: int, width: int, k: int, projection: bool, resident: bool) -> int: ...
     @staticmethod
-    def stem(
+    def whole_stem(
         *,
         x: Operand,
         weight: Operand,
@@ -297,7 +297,7 @@ class _Cuda(_Ops, Protocol):
         stream: int = 0,
     ) -> None: ...
     @staticmethod
-    def stem_shared() -> int: ...
+    def whole_stem_shared() -> int: ...
     @staticmethod
     def shared_limit() -> int: ...
     @staticmethod

@@ -148,7 +148,7 @@ def whole_stem_why_not(request: Request) -> str | None:
         stride, pad, dilation, groups = found
         return f"stride {stride}, padding {pad}, dilation {dilation}, groups {groups} (supported: 2, 3, 1, 1)"
     x = request.x
-    ask = hook("stem", "why_not", x.device, x.dtype)
+    ask = hook("whole_stem", "why_not", x.device, x.dtype)
     if ask is None:
         return f"no backend for {x.device} has it"
     return ask(x.device, x.dtype, list(x.shape), list(layer.weight.shape))
@@ -282,7 +282,7 @@ def run_way(way: Way, request: Request, residual: Tensor | None = None) -> Tenso
         return _unfused(x, layers, side, residual, identity, pool)
     vectors = affines(request.every)
     if way == _STEM:
-        return ops.stem(x, layers[0].weight, *vectors[0])
+        return ops.whole_stem(x, layers[0].weight, *vectors[0])
     if way == _BLOCK:
         operands = [t for layer, pair in zip(request.every, vectors, strict=True) for t in (layer.weight, *pair)]
         return ops.bottleneck(x, *operands)

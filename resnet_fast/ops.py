@@ -46,7 +46,7 @@ __all__ = [
     "maxpool_backward_apply",
     "maxpool_backward_sums",
     "stats_dtype",
-    "stem",
+    "whole_stem",
 ]
 
 CHANNELS_LAST = torch.channels_last
@@ -566,7 +566,7 @@ def bottleneck(
 
 
 @op
-def stem(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def whole_stem(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Inference: a whole stem, z = maxpool(relu(conv(x, w) * scale + shift)): stride 2; 3 x 3, stride 2, padding 1.
 
     ``x`` (N, C, H, W); w (K, C, R, R), R odd, padded by R // 2, in the dtype of ``x``; scale, shift (K,). Returns z in

@@ -198,7 +198,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     # Of a case with C channels and K, the width: to 2 K with a projection.
     "bottleneck": {"identity": (), "projection": ("rw", "rscale", "rshift")},
-    "stem": {"plain": ()},
+    "whole_stem": {"plain": ()},
 }
 
 

@@ -243,7 +243,7 @@ def test_every_cuda_kernel_is_reached_by_an_op(monkeypatch: pytest.MonkeyPatch) 
             case, dtype = TINY[1], torch.float32
             if op == "bottleneck":
                 case, dtype = WHOLE_BLOCKS[variant][0]._replace(H=1, W=1), torch.float16
-            if op == "stem":
+            if op == "whole_stem":
                 case, dtype = WHOLE_STEM._replace(H=1, W=1), torch.float16
             cuda_on_cpu.run(op, inputs(op, case, dtype, variant=variant))
     there = {name for name in dir(kernels._module) if not name.startswith("_")}

@@ -86,9 +86,10 @@ __device__ inline void load_patch(uint16_t* patch, const StemProblem<T>& problem
 // Tiles     8 x 8 pixels of z, all channels; two CTAs a multiprocessor, tile blockIdx.x + i * grid
 // Traffic   reads x once (its patch is 1.5 tiles, the rest hits L2), writes z
 // Numerics  fp32 sums and affine; y is rounded once, which the maximum keeps
-// Source    ops.stem; docs/bottleneck.md
+// Source    ops.whole_stem; docs/bottleneck.md
 template <class T>
-__global__ void __launch_bounds__(STEM_WARPS * 32, 2) stem_kernel(const StemProblem<T> problem) {
+__global__ void __launch_bounds__(STEM_WARPS * 32, 2)
+    whole_stem_kernel(const StemProblem<T> problem) {
   uint16_t* shared = dynamic_shared<uint16_t>();
   uint16_t* patch = shared + FILTER_SIZE;
   uint16_t* y = patch + PATCH_SIZE;
@@ -191,11 +192,11 @@ void launch_stem(const WholeStem& args) {
   problem.tiles_p = static_cast<unsigned>(cdiv(problem.p, STEM_BLOCK));
   problem.tiles_q = static_cast<unsigned>(cdiv(problem.q, STEM_BLOCK));
   problem.tiles = static_cast<unsigned>(args.n * problem.tiles_p * problem.tiles_q);
-  const auto kernel = stem_kernel<T>;
+  const auto kernel = whole_stem_kernel<T>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, STEM_SHARED);
   cudaGetLastError();  // the next launch would report it again
-  check(error, "shared memory of stem");
+  check(error, "shared memory of whole_stem");
   int device = 0, processors = 0;
   check(cudaGetDevice(&device), "device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
@@ -206,9 +207,9 @@ void launch_stem(const WholeStem& args) {
 
 }  // namespace
 
-int64_t stem_shared() { return STEM_SHARED; }
+int64_t whole_stem_shared() { return STEM_SHARED; }
 
-void stem(const WholeStem& args) {
+void whole_stem(const WholeStem& args) {
   if (args.n * args.h * args.w == 0) return;
   switch (args.dtype) {
     case DType::bfloat16:
@@ -216,7 +217,7 @@ void stem(const WholeStem& args) {
     case DType::float16:
       return launch_stem<__half>(args);
     default:
-      throw std::invalid_argument("stem: dtype must be bfloat16 or float16");
+      throw std::invalid_argument("whole_stem: dtype must be bfloat16 or float16");
   }
 }
 
