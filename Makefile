@@ -28,7 +28,7 @@ help:  ## this list
 	@echo "  PYTHON     python3; the one that VENV is made from, and that test-gpu and bench-gpu run"
 	@echo "  VENV       .venv"
 	@echo "  OUTPUT     .benchmarks; the folder for the reports of test-gpu and bench-gpu"
-	@echo "  PART       of bench-gpu: ops, training, inference or memory; all without it"
+	@echo "  PART       of bench-gpu: ops, training, inference, fusions or memory; all without it"
 	@echo "  COMMIT     for bench-gpu's results, where the tree is no git checkout"
 
 demo: $(STAMPS)/demo  ## set up, then time fused networks against eager and compiled ones on this machine
@@ -64,7 +64,7 @@ test-gpu: gpu-build  ## build for the Python in use, then run the tests that nee
 	@echo "==> tests that need a GPU, then compute-sanitizer: $(OUTPUT)/test-gpu.log"
 	@$(PYTHON) -m benchmarks.check_gpu --output $(OUTPUT) --seconds $(call left,460) $(if $(ARGS),-- $(ARGS))
 
-bench-gpu: gpu-build  ## build for the Python in use, then measure on the GPU; PART=ops, training, inference or memory alone
+bench-gpu: gpu-build  ## build for the Python in use, then measure on the GPU; PART=ops, training, inference, fusions or memory alone
 	@$(PYTHON) -m benchmarks.suite --device cuda --output $(OUTPUT) --seconds $(call left,520) \
 		$(if $(PART),--part $(PART)) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
@@ -77,7 +77,7 @@ START := $(shell date +%s)
 
 .PHONY: gpu-build bench-check
 gpu-build:
-	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device. Without one: make test, or python -m benchmarks.suite --device cpu --output DIR")'
 	@echo "==> Building the kernels for $$($(PYTHON) -c 'import sys; print(sys.executable)')"
 	@export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$$($(PYTHON) -c $(CAPABILITY))}"; \
 		RESNET_FAST_CUDA=$${RESNET_FAST_CUDA-1} $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .

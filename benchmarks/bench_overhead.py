@@ -2,10 +2,13 @@
 
 ``pytest --benchmark benchmarks/bench_overhead.py``. Python's share is the time of a forward less that of the same
 kernels called one after the other, with nothing else: for eager torch's conv2d, batch_norm, relu and add; for a fused
-block the backends' functions that its forward called. In training it holds autograd's bookkeeping too. All in us a
+block the backends' functions that its forward called, in training holding all outputs to the end, as autograd's graph
+does, for memory that comes back at once is faster. In training the share holds autograd's bookkeeping too. All in us a
 block: ``added`` is the fused share less eager's; ``guards`` is the part of it before the block's own function
 (functional.residual_block, or folding's) is called, beside eager's ten module calls. The goal is 15 added. ``alone`` is
-one block, ``stage`` four behind each other, which in inference look at themselves once. One thread; all in turns.
+one block, ``stage`` four behind each other, which in inference look at themselves once. ``python_alone``, of one in
+training, is the fused forward with kernels that return at once: without what the caches lose between Python and
+kernels, which the difference above charges to Python. One thread; all in turns.
 """
 
 from __future__ import annotations
@@ -30,15 +33,15 @@ ROUNDS, LAUNCHES = 31, 100
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def kernels_of_eager(block: Any) -> Callable[[Tensor], Tensor]:
-    """What the modules of a bottleneck call, without the modules."""
+def kernels_of_eager(block: Any) -> Callable[[Tensor, list[Any]], Tensor]:
+    """What the modules of a bottleneck call, without the modules; in training what autograd keeps is held."""
     layers = []
     for conv, bn in ((block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3)):
         norm = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps, True)
         layers.append((conv.weight, conv.stride, conv.padding, norm, bn.num_batches_tracked))
     training = block.training
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, held: list[Any]) -> Tensor:
         z = x
         for w, stride, padding, norm, counter in layers:
             if z is not x:
@@ -46,11 +49,35 @@ def kernels_of_eager(block: Any) -> Callable[[Tensor], Tensor]:
             z = torch.conv2d(z, w, None, stride, padding)
             if training:
                 counter.add_(1)
+                held.append(z)
             z = torch.batch_norm(z, *norm)
+            if training:
+                held.append(z)
         z += x
         return z.relu_()
 
     return run
+
+
+@contextmanager
+def replaced(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, every function of a backend is ``wrap`` of it, for the package."""
+    modules = [dispatch.backend("onednn"), dispatch.backend("native")]
+    originals = [
+        (module, name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, FunctionType) and name.startswith(tuple(dispatch.OPS))
+    ]
+    try:
+        for module, name, value in originals:
+            setattr(module, name, functools.wraps(value)(wrap(value)))
+        dispatch._choose.cache_clear()
+        yield
+    finally:
+        for module, name, value in originals:
+            setattr(module, name, value)
+        dispatch._choose.cache_clear()
 
 
 @contextmanager
@@ -60,7 +87,6 @@ def recorded() -> Iterator[list[Call]]:
     inside = False
 
     def record(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             nonlocal inside
             if inside:  # one function of a backend calls another
@@ -74,37 +100,48 @@ def recorded() -> Iterator[list[Call]]:
 
         return wrapper
 
-    modules = [dispatch.backend("onednn"), dispatch.backend("native")]
-    originals = [
-        (module, name, value)
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, FunctionType) and name.startswith(tuple(dispatch.OPS))
-    ]
-    try:
-        for module, name, value in originals:
-            setattr(module, name, record(value))
-        dispatch._choose.cache_clear()
+    with replaced(record):
         yield calls
-    finally:
-        for module, name, value in originals:
-            setattr(module, name, value)
-        dispatch._choose.cache_clear()
 
 
-def in_turn(calls: list[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], Tensor]:
+def python_alone(block: nn.Module, x: Tensor) -> float:
+    """us of a training forward in which every kernel returns at once what it returned before."""
+    with recorded() as calls:
+        twin = copy.deepcopy(block)
+        for _ in range(3):
+            twin(x)
+        calls.clear()
+        twin(x)
+        made = list(calls)
+    with torch.no_grad():
+        answers = [function(*args, **kwargs) for function, args, kwargs in made]
+    turn = 0
+
+    def answer(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal turn
+            turn = (turn + 1) % len(answers)
+            return answers[turn - 1]
+
+        return wrapper
+
+    with replaced(answer):
+        return statistics.median(once(lambda: twin(x)) for _ in range(ROUNDS))
+
+
+def in_turn(calls: list[Callable[[Tensor, list[Any]], Tensor]], x: Tensor) -> Callable[[], Tensor]:
     @torch.no_grad()
     def run() -> Tensor:
-        z = x
+        z, held = x, list[Any]()
         for call in calls:
-            z = call(z)
+            z = call(z, held)
         return z
 
     return run
 
 
 def kernels_of_fused(block: nn.Module, x: Tensor) -> Callable[[], None]:
-    """The backends' functions that a forward of ``block`` calls, with the same arguments."""
+    """The backends' functions that a forward of ``block`` calls, with the same arguments; in training all is held."""
     twin = copy.deepcopy(block)
     with recorded() as calls:
         for _ in range(3):  # folds, lays out weights, makes a stage's program
@@ -114,8 +151,11 @@ def kernels_of_fused(block: nn.Module, x: Tensor) -> Callable[[], None]:
 
     @torch.no_grad()
     def run() -> None:
+        held = []
         for function, args, kwargs in calls:
-            function(*args, **kwargs)
+            z = function(*args, **kwargs)
+            if block.training:
+                held.append(z)
 
     assert calls, "no kernel ran: the block is not fused here"
     return run
@@ -175,6 +215,9 @@ def bench_overhead(benchmark: Any, train: bool, blocks: int) -> None:
         fused_python=median(r[2] - r[3] for r in rounds),
         added=median((r[2] - r[3]) - (r[0] - r[1]) for r in rounds),
     )
+    if train and blocks == 1:
+        with guards.any_size():
+            benchmark.extra_info["python_alone"] = round(python_alone(fused, x), 1)
     if blocks == 1:
         benchmark.extra_info["guards"] = median(r[2] - r[4] for r in rounds)
     print(f"\n{benchmark.group}, us a block: {benchmark.extra_info}")

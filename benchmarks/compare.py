@@ -1,25 +1,29 @@
 """``make bench-check``: a short run here beside what is committed in benchmarks/results/, as ratios.
 
-``python -m benchmarks.compare`` times again, briefly, what the committed files hold for this kind of device, and prints
-fresh speed / committed speed for every number that both have. It says where the machine is another one, and then the
-ratios say nothing about the code. It judges nothing: exit status 0, or 2 where there is nothing to compare with.
+``python -m benchmarks.compare`` times again, briefly, some of what the committed files hold for this kind of device: of
+each file the first dtype, of single layers every fourth. It prints fresh speed / committed speed of all that both have,
+and says where the machine is another one: then the ratios say nothing about the code. It judges nothing: exit status 0,
+or 2 where there is nothing to compare with. About five minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import figures, report, suite
 from resnet_fast.commands import CommandError, machine, tables
+from resnet_fast.dispatch import BACKENDS
 
 ROOT = report.ROOT
 Result = dict[str, Any]
@@ -69,6 +73,23 @@ def rows(old: Result, new: Result) -> list[tuple[str, float, float, float]]:
     return [(key, before[key], now[key], now[key] / before[key]) for key in before if key in now]
 
 
+_PLAIN = ("channels_last", "eager")
+
+
+def gains(result: Result) -> dict[str, float]:
+    """Speed of each of our contenders by that of plain torch in the same run, by what was measured."""
+    settings: dict[str, dict[str, float]] = {}
+    for key, speed in speeds(result).items():
+        setting, name, group = re.fullmatch(r"(.*) ([^\s(]\S*)( \(\S+\))?", key).groups(default="")  # type: ignore[union-attr]
+        settings.setdefault(setting + group, {})[name] = speed
+    found = {}
+    for setting, by_name in settings.items():
+        base = next((by_name[name] for name in _PLAIN if name in by_name), None)
+        ours = [name for name in by_name if name in ("resnet_fast", *BACKENDS)]
+        found.update({f"{setting} {name}": by_name[name] / base for name in ours if base})
+    return found
+
+
 def text(old: Result, new: Result) -> str:
     """The comparison as it is printed."""
     found = rows(old, new)
@@ -84,36 +105,49 @@ def text(old: Result, new: Result) -> str:
     if found:
         ratios = sorted(ratio for *_, ratio in found)
         lines.append(tables.table(cells, right=(1, 2, 3)))
-        lines.append(f"  median {ratios[len(ratios) // 2]:.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
+        lines.append(f"  median {median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    before, now = gains(old), gains(new)
+    both = [key for key in before if key in now]
+    if both:  # the machine's own ups and downs cancel
+        then, fresh, change = (
+            median(values) for values in zip(*((before[k], now[k], now[k] / before[k]) for k in both), strict=True)
+        )
+        lines.append(
+            f"  ours beside plain torch in the same run: {then:.2f}x then, {fresh:.2f}x now, {change:.2f} of it"
+        )
     return "\n".join(lines)
+
+
+#: Of a suite's ops every so many-th layer is timed, of ``resnet-fast bench`` the first dtype in so many rounds.
+_EVERY, _ROUNDS = 4, 3
+
+
+def commands(old: Result, file: Path, seconds: float) -> list[str]:
+    """What measures again, briefly, what ``old`` holds, into ``file``; arguments of python."""
+    if "suite" in old:
+        return [
+            "-m", "benchmarks.suite", "--device", kind(old), "--output", str(file.parent), "--seconds", str(seconds),
+            "--part", "ops", "--every", str(_EVERY), "--threads", str(old["threads"]),
+        ]  # fmt: skip
+    if "train" in old:
+        name = str(old["model"]["name"]).partition(",")[0]
+        amp = ["--amp", "bf16"] if old["speed"][0]["dtype"] == "bfloat16" else []
+        return ["-m", "benchmarks.train_command", name, *amp, "--rounds", "1", "--output", str(file)]
+    first = old["speed"][0]
+    ours = {c["name"] for c in first["contenders"]} & {"channels_last"}
+    batches = dict.fromkeys(str(s["batch"]) for s in old["speed"] if s["dtype"] == first["dtype"])
+    return [
+        "-m", "resnet_fast", "bench", "--model", old["model"]["name"], "--mode", first["mode"],
+        "--device", first["device"], "--size", str(first["size"]), "--against", ",".join(ours) or first["baseline"],
+        "--batch", ",".join(batches), "--dtype", first["dtype"], "--threads", str(old["threads"]),
+        "--rounds", str(_ROUNDS), "--json", str(file),
+    ]  # fmt: skip
 
 
 def fresh(old: Result, seconds: float, folder: Path) -> Result:
     """The same measurements, briefly. Raises CommandError where the run fails."""
-    if "suite" in old:
-        command = [
-            "-m",
-            "benchmarks.suite",
-            "--device",
-            kind(old),
-            "--output",
-            str(folder),
-            "--seconds",
-            str(4 * seconds),
-        ]
-        command += ["--part", "ops", "--threads", str(old["threads"])]
-        file = folder / suite.RESULT
-    else:
-        first, file = old["speed"][0], folder / old["file"]
-        ours = {c["name"] for c in first["contenders"]} & {"channels_last"}
-        command = [
-            "-m", "resnet_fast", "bench", "--model", old["model"]["name"], "--mode", first["mode"],
-            "--device", first["device"], "--size", str(first["size"]), "--against", ",".join(ours) or first["baseline"],
-            "--batch", ",".join(dict.fromkeys(str(s["batch"]) for s in old["speed"])),
-            "--dtype", ",".join(dict.fromkeys(s["dtype"] for s in old["speed"])),
-            "--seconds", str(seconds / len(old["speed"])), "--json", str(file),
-        ]  # fmt: skip
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    file = folder / (suite.RESULT if "suite" in old else old["file"])
+    done = subprocess.run([sys.executable, *commands(old, file, seconds)], cwd=ROOT, stdout=subprocess.DEVNULL)
     if not file.is_file():
         raise CommandError(f"{old['file']}: the fresh run ended with {done.returncode} and without a result")
     return dict(json.loads(file.read_text()))
@@ -124,7 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("files", nargs="*", help="names in benchmarks/results (default: all of this kind of device)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each file (default: %(default)g)")
+    parser.add_argument(
+        "--seconds", type=float, default=45.0, help="for a suite; others time a few rounds (default: %(default)g)"
+    )
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -134,9 +170,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CommandError(f"benchmarks/results holds nothing measured on this kind of device ({device})")
         now = machine.provenance([])
         print(f"this machine: {figures.machine({**now, 'suite': 1})}", flush=True)
+        compared = 0
         for old in chosen:
             with tempfile.TemporaryDirectory() as folder:
-                print(f"\n{text(old, fresh(old, args.seconds, Path(folder)))}", flush=True)
+                try:
+                    print(f"\n{text(old, fresh(old, args.seconds, Path(folder)))}", flush=True)
+                    compared += 1
+                except CommandError as error:  # the other files are of use without it
+                    print(f"bench-check: {error}", file=sys.stderr)
+        if not compared:
+            return 2
     except CommandError as error:
         print(f"bench-check: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ on a CPU, where events are a clock and CUDA graphs do not exist. Not yet run on 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -17,19 +18,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import resnet_fast
-from benchmarks import roofline
+from benchmarks import fusions, roofline
 from benchmarks.rounds import Rounds, Timer
 from resnet_fast.commands import equality, sources, timing
 from resnet_fast.commands.progress import Progress
+from resnet_fast.commands.steps import tensors
 from resnet_fast.dispatch import BACKENDS, OPS, forget, reasons, use_backend
+from resnet_fast.guards import any_size
 from tests.cases import TINY, Case, inputs, resnet50
 
 Record = dict[str, Any]
 
-PARTS = ("ceilings", "ops", "training", "inference", "memory")
+PARTS = ("ceilings", "ops", "training", "inference", "fusions", "memory")
 #: Share of the whole time that each part may take; what one leaves, the next has.
-SHARES = {"ceilings": 0.06, "ops": 0.24, "training": 0.32, "inference": 0.26, "memory": 0.12}
+SHARES = {"ceilings": 0.05, "ops": 0.22, "training": 0.28, "inference": 0.24, "fusions": 0.11, "memory": 0.1}
 
 
 class Item(NamedTuple):
@@ -45,6 +47,7 @@ class Settings(NamedTuple):
 
     device: torch.device
     tiny: bool = False
+    every: int = 1  # of the layers of single ops, every so many-th
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -135,7 +138,11 @@ OPS_ON_CPU = ("conv_stats", "affine_act_mask", "affine_act_backward", "conv_back
 
 
 def _cases(op: str, settings: Settings) -> list[Case]:
-    """The table's; of a memory-bound op each size of y once; of the stem's ops the stem alone."""
+    """The table's; of a memory-bound op each size of y once; of the stem's ops the stem alone. Or some of them."""
+    return _all_cases(op, settings)[:: settings.every]
+
+
+def _all_cases(op: str, settings: Settings) -> list[Case]:
     table = TINY[:4] if settings.tiny else resnet50(settings.batch)
     stems = [case for case in table if case.name.startswith("stem")]
     if "maxpool" in op:
@@ -284,6 +291,7 @@ GROUPS = {
     "eager": (*_PLAIN, *_GRAPHS),
     "plain": _PLAIN,
     "compile": ("channels_last", "compile", f"compile{timing.GRAPH}", "resnet_fast"),
+    "triton": ("channels_last", "resnet_fast", "resnet_fast_triton", f"resnet_fast_triton{timing.GRAPH}"),
     "max-autotune": ("channels_last", "compile_max", f"compile_max{timing.GRAPH}", "resnet_fast"),
     "captured": ("eager", "channels_last", "resnet_fast", timing.CAPTURED),
     "ways": ("channels_last", "resnet_fast", *(f"resnet_fast:{name}" for name in ("native", "triton"))),
@@ -301,7 +309,7 @@ def _networks(settings: Settings, mode: str) -> list[Network]:
     if settings.device.type == "cpu":
         return [Network("resnet50", n, first, "plain") for n in ((1, 4) if mode == "training" else (1, 4, 16))]
     half = 2 if mode == "training" else 1
-    found = [Network("resnet50", 256 // half, first, group) for group in ("eager", "compile")]
+    found = [Network("resnet50", 256 // half, first, group) for group in ("eager", "compile", "triton")]
     found += [Network("resnet50", batch // half, first, "eager") for batch in (64, 512, 16)]
     found += [Network("resnet18", 512 // half, first, "eager"), Network("resnet101", 256 // half, first, "eager")]
     found += [Network("resnet50", 256 // half, dtype, "eager") for dtype in others]
@@ -355,7 +363,10 @@ def _network(settings: Settings, mode: str, network: Network, progress: Progress
     model = _model(network.source)
     x = _photographs(settings, network.batch)
     setting = timing.Setting(mode, network.batch, _size(settings), network.dtype, settings.device)
-    entries = [timing.contender(name, model, x, setting) for name in GROUPS[network.group]]
+    entries = [
+        timing.attempt(name, functools.partial(timing.contender, name, model, x, setting))
+        for name in GROUPS[network.group]
+    ]
     seconds = 0.2 if settings.tiny else 5.0 if settings.device.type == "cpu" else 2.0
     try:
         results = timing.measure(
@@ -380,54 +391,81 @@ def _network(settings: Settings, mode: str, network: Network, progress: Progress
     return found
 
 
-#: Blocks fused, by the beginning of their names: ours from plain torch to all of it, one step after the other.
-STEPS: dict[str, tuple[str, ...]] = {
-    "plain torch": (),
-    "+ stem": ("stem",),
-    "+ stage 1": ("stem", "layer1"),
-    "+ stage 2": ("stem", "layer1", "layer2"),
-    "+ stage 3": ("stem", "layer1", "layer2", "layer3"),
-    "+ stage 4": ("stem", "layer1", "layer2", "layer3", "layer4"),
-}
-
-
-def _steps(settings: Settings, mode: str, batch: int, progress: Progress) -> list[Record]:
-    """ResNet-50, or a small one, fused step by step, all in turns."""
-    source = "cifar_resnet20" if settings.tiny else "resnet50"
-    dtype = settings.dtypes[0]
-    setting = timing.Setting(mode, batch, _size(settings), dtype, settings.device)
-    model, x = _model(source), _photographs(settings, batch)
-    entries = []
-    for step, prefixes in STEPS.items():
-
-        def wanted(name: str, module: torch.nn.Module, prefixes: tuple[str, ...] = prefixes) -> bool:
-            return (name or "stem").startswith(prefixes) if prefixes else False
-
-        fuse = functools.partial(resnet_fast.fuse, filter_fn=wanted)
-        entries.append(timing.contender("resnet_fast", model, x, setting, fuse)._replace(name=step))
-    first = next(iter(STEPS))
-    seconds = 0.2 if settings.tiny else 35.0 if settings.device.type == "cpu" else 3.0
-    results = timing.measure(entries, setting, progress, rounds=None, seconds=seconds, baseline=first, needed=())
-    return [
-        {
-            "network": source, "mode": mode, "batch": batch, "size": setting.size, "dtype": setting.dtype_name,
-            "group": "steps", "contender": r.name, "failed": r.failed, "ratio": r.ratio,
-            **({} if r.ms is None else {"ms_p20": r.ms[0], "ms_p50": r.ms[1], "ms_p80": r.ms[2], "rounds": r.rounds}),
-        }
-        for r in results
-    ]  # fmt: skip
-
-
 def _run(settings: Settings, mode: str) -> Iterator[Item]:
     progress = Progress()
     yield Item(f"{mode}/equality", "equality", functools.partial(_equal, settings, mode))
-    networks = _networks(settings, mode)
-    for i, n in enumerate(networks):
-        if i == min(2, len(networks) - 1):
-            measure = functools.partial(_steps, settings, mode, n.batch, progress)
-            yield Item(f"{mode}/steps", "eager", measure)
+    for n in _networks(settings, mode):
         key = f"{mode}/{n.source}/{n.batch}/{name_of(n.dtype)}/{n.group}"
         yield Item(key, f"{n.group}", functools.partial(_network, settings, mode, n, progress))
+
+
+# ---- the kinds of fusion
+
+
+def _fusions(settings: Settings) -> Iterator[Item]:
+    progress = Progress()
+    for mode in ("inference", "training"):
+        yield Item(f"fusions/{mode}", "fusions", functools.partial(_steps, settings, mode, progress))
+
+
+#: Seconds in which the steps' kernels are compiled (Triton's, on a GPU); later steps are left out, not all of them.
+_PREPARED = 30.0
+
+
+def _steps(settings: Settings, mode: str, progress: Progress) -> list[Record]:
+    """ResNet-50, or a small one, with one kind of fusion more at each step, all in turns."""
+    source = "cifar_resnet20" if settings.tiny else "resnet50"
+    if settings.tiny:
+        batch = 2
+    elif settings.device.type == "cpu":
+        batch = 16 if mode == "inference" else 4
+    else:
+        batch = 256 if mode == "inference" else 128
+    setting = timing.Setting(mode, batch, _size(settings), settings.dtypes[0], settings.device)
+    model, x = _model(source), _photographs(settings, batch)
+    with any_size() if settings.tiny else contextlib.nullcontext():
+        steps = fusions.steps(settings.device.type, mode)
+        plain = fusions.contender(steps[0], model, x, setting)
+        entries, reasons = [plain], {}
+        expected = _answer(plain, setting)
+        begin = time.time()
+        for step in steps[1:]:
+            if time.time() - begin > _PREPARED:
+                reasons[step.name] = "left out: preparing the steps before it took all the time"
+                continue
+            try:
+                entry = fusions.contender(step, model, x, setting)
+                if not step.graph:  # which runs what the step before it runs
+                    _compare(_answer(entry, setting), expected, 0.03 if setting.dtype == torch.float32 else 0.15)
+                entries.append(entry)
+            except Exception as error:
+                reasons[step.name] = f"{type(error).__name__}: {error}"[:300]
+        seconds = 0.2 if settings.tiny else 40.0 if settings.device.type == "cpu" else 3.0
+        results = timing.measure(
+            entries, setting, progress, rounds=None, seconds=seconds, baseline=plain.name, needed=()
+        )
+    common = {
+        "network": source, "mode": mode, "batch": batch, "size": setting.size, "dtype": setting.dtype_name,
+        "group": "fusions",
+    }  # fmt: skip
+    found = [{**common, "contender": n, "failed": reason, "ratio": None} for n, reason in reasons.items()]
+    for r in results:
+        times = {} if r.ms is None else dict(zip(("ms_p20", "ms_p50", "ms_p80"), r.ms, strict=True))
+        found.append({**common, "contender": r.name, "failed": r.failed, "ratio": r.ratio, **times, "rounds": r.rounds})
+    return found
+
+
+def _compare(found: Tensor, expected: Tensor, limit: float) -> None:
+    """ValueError where the difference is beyond ``limit``, in root mean squares: a guard, the equality test is not."""
+    apart, size = (float(t.double().square().mean().sqrt()) for t in (found.float() - expected.float(), expected))
+    if not apart <= limit * size:
+        raise ValueError(f"its numbers are {apart / size:.1%} off" if size else "its numbers are not 0")
+
+
+def _answer(entry: timing.Contender, setting: timing.Setting) -> Tensor:
+    """What one call computes: the logits, or in training the loss."""
+    with torch.inference_mode(setting.mode == "inference"):
+        return tensors(entry.call())[0].clone()
 
 
 # ---- memory
@@ -524,6 +562,8 @@ def items(part: str, settings: Settings) -> list[Item]:
         return list(_ops(settings))
     if part == "memory":
         return list(_memory(settings))
+    if part == "fusions":
+        return list(_fusions(settings))
     return list(_run(settings, part))
 
 

@@ -2,7 +2,7 @@
 
 ``resnet-fast bench --json``, ``resnet-fast verify --json`` and ``benchmarks.suite`` (``make bench-gpu``) write them.
 ``python -m benchmarks.report`` rewrites README.md between ``<!-- speed:begin -->`` and ``<!-- speed:end -->`` and draws
-``benchmarks/results/NAME.png`` or, of a suite, ``NAME-speed.png``, ``-layers``, ``-memory`` and ``-steps`` (with
+``benchmarks/results/NAME.png`` or, of a suite, ``NAME-speed.png``, ``-layers``, ``-memory`` and ``-fusions`` (with
 ``--check`` it changes nothing, and fails if README.md is not up to date).
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, suite
-from resnet_fast.commands import CommandError, equality, plots
+from resnet_fast.commands import CommandError, curves, judging, plots
 from resnet_fast.commands.timing import CAPTURED, GRAPH, GRAPHED, TUNED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +131,7 @@ def _suite_table(result: dict[str, Any]) -> list[str]:
     if not settings:
         return []
     compiled = ("compile", "compile_max", "compile_frozen", *GRAPHED)
-    ours = ("resnet_fast", "resnet_fast:native", "resnet_fast:triton", TUNED, CAPTURED)
+    ours = ("resnet_fast", "resnet_fast:native", "resnet_fast:triton", "resnet_fast_triton", TUNED, CAPTURED)
     order = [n + end for n in ("eager", "channels_last", *compiled, *ours) for end in ("", GRAPH)]
     names = [n for n in order if any(n in row for row in settings.values())]
     lines = [
@@ -168,13 +168,14 @@ def _draw(result: dict[str, Any], folder: Path) -> list[str]:
     if "suite" in result:
         return figures.draw(result, folder, stem)
     if "verify" in result:
-        curves = [equality.Curves(**c) for c in result["curves"]]
-        sections = [(s["section"], [equality.Check(**c) for c in s["checks"]]) for s in result["verify"]]
+        followed = [curves.Curves(**c) for c in result["curves"]]
+        sections = [(s["section"], [judging.Check(**c) for c in s["checks"]]) for s in result["verify"]]
         where = machine(result)
         title = f"{result['model']['name']} on {where}: errors against float64"
-        plots.errors(title, sections, curves, plots.stamp(result), folder / f"{stem}.png")
+        plots.errors(title, sections, followed, plots.stamp(result), folder / f"{stem}.png")
     elif result["speed"]:
-        title = f"{result['model']['name']}, {result['speed'][0]['mode']}, {machine(result)}"
+        mode = result["speed"][0]["mode"]  # "train command" is in the model's name
+        title = ", ".join([result["model"]["name"], *([mode] if "train" not in result else []), machine(result)])
         plots.bars(title, result["speed"], folder / f"{stem}.png", plots.stamp(result))
     else:
         return []

@@ -1,10 +1,10 @@
 """The measurements on one machine, in parts, within a time: ``python -m benchmarks.suite --output DIR``.
 
-Each part (ceilings, ops, training, inference, memory; ``benchmarks.parts``) runs in a process of its own, which is
-ended at its deadline and started again, without the item that it was at, where it dies. Every item is written to
-DIR/bench.jsonl when it is measured; at the end, and after an interruption, DIR/bench.json and DIR/bench.csv hold what
-there is, with machine, versions, commit, clocks and date, and what failed or was left out. Parts of earlier runs in the
-same folder are kept. ``python -m benchmarks.report`` draws bench.json once it lies in benchmarks/results/.
+Each part (ceilings, ops, training, inference, fusions, memory; ``benchmarks.parts``) runs in a process of its own,
+which is ended at its deadline and started again, without the item that it was at, where it dies. Every item is written
+to DIR/bench.jsonl when it is measured; after every part, and after an interruption, DIR/bench.json and DIR/bench.csv
+hold what there is, with machine, versions, commit, clocks and date, and what failed or was left out. Parts of earlier
+runs in the same folder are kept. ``python -m benchmarks.report`` draws bench.json once it lies in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -97,7 +98,7 @@ def provenance(argv: Sequence[str], commit: str | None) -> Record:
 def _child(args: argparse.Namespace) -> int:
     """Measure one part; called in a process of its own."""
     file = args.output / LINES
-    settings = parts.Settings(torch.device(args.device), args.tiny)
+    settings = parts.Settings(torch.device(args.device), args.tiny, args.every)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -105,7 +106,10 @@ def _child(args: argparse.Namespace) -> int:
         append(file, {"run": args.run, "part": args.child, **line})
 
     skip = [key for key, line in of_run(read(file), args.run, args.child).items() if line["state"] != "left out"]
-    parts.run(args.child, settings, args.deadline, skip, tell)
+    try:
+        parts.run(args.child, settings, args.deadline, skip, tell)
+    except KeyboardInterrupt:  # the parent has it, too, and says so
+        return 130
     return 0
 
 
@@ -116,8 +120,7 @@ def _run_part(part: str, args: argparse.Namespace, run: str, deadline: float) ->
         sys.executable, "-m", "benchmarks.suite", "--child", part, "--run", run, "--deadline", str(deadline),
         "--output", str(args.output), "--device", args.device, "--threads", str(args.threads or 0),
     ]  # fmt: skip
-    if args.tiny:
-        command.append("--tiny")
+    command += ["--every", str(args.every), *(["--tiny"] if args.tiny else [])]
     for _ in range(_RESTARTS):
         process = subprocess.Popen(command, cwd=ROOT)
         try:
@@ -268,12 +271,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=500.0, help="for everything (default: %(default)g)")
     parser.add_argument("--threads", type=int, help="torch's CPU threads (default: left as they are)")
     parser.add_argument("--commit", help="of a tree that is no git checkout")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the ops' layers every Nth (default: all)")
     parser.add_argument("--tiny", action="store_true", help="small shapes and short times: does it run at all?")
     for name, kind in (("--child", str), ("--run", str), ("--deadline", float)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if args.every < 1:
+        parser.error(f"--every {args.every}: supported are positive numbers")
     if args.child:
         return _child(args)
 
@@ -293,9 +299,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"==> {part}, until {deadline - begin:.0f} s", flush=True)
             append(file, {"run": run, "part": part, "clocks": clocks()})
             _run_part(part, args, run, deadline)
+            write(args.output)
     except KeyboardInterrupt:
-        print("suite: interrupted; what was measured is kept", file=sys.stderr)
-        write(args.output)
+        print(summary(write(args.output)))
+        print(f"suite: interrupted; what was measured is kept in {args.output.name}", file=sys.stderr)
         return 130
     append(file, {"run": run, "part": "end", "clocks": clocks()})
     result = write(args.output)
@@ -304,4 +311,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a limit from outside is as good as Ctrl-C
     sys.exit(main())

@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("name", choices=RUNS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--amp", default="off", choices=("off", "bf16"))
+    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/train-NAME.json)")
     args = parser.parse_args()
     options, batch, size = RUNS[args.name]
     options = [*options, "--amp", args.amp]
@@ -81,7 +82,7 @@ def main() -> int:
         "speed": [{**setting, "baseline": "channels_last", "contenders": contenders}],
     }
     suffix = "" if args.amp == "off" else f"-{args.amp}"
-    file = ROOT / "benchmarks" / "results" / f"train-{args.name}{suffix}.json"
+    file = args.output or ROOT / "benchmarks" / "results" / f"train-{args.name}{suffix}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if passed else 1
 

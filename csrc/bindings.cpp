@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -204,6 +207,125 @@ void bind_winograd(py::module_& module, const Winograd& ops) {
       arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("threads"), arg("dtype"), arg("relu"));
 }
 
+/// A dictionary's own memory, and what it points to first, will be read soon.
+void ask_for(const PyObject* dict, bool with_keys) {
+  constexpr int LINE = 64, LINES = 5;
+  if (!with_keys) return __builtin_prefetch(dict);
+  const PyDictObject* d = reinterpret_cast<const PyDictObject*>(dict);
+  const char* keys = reinterpret_cast<const char*>(d->ma_keys);
+  for (int i = 0; i < LINES; ++i) __builtin_prefetch(keys + i * LINE);
+}
+
+/// See bind_cpu. Everything is compared by identity, dictionaries in their own order. `values`, and
+/// `sizes` as int64, are of all `contents`, one after the other. Nothing of Python's runs here.
+bool unchanged(const py::tuple& contents, const py::bytes& sizes, const py::tuple& values,
+               const py::tuple& empty, const py::tuple& objects, const py::tuple& kinds) {
+  constexpr Py_ssize_t AHEAD = 4;  // dictionaries that are on their way: most of them are misses
+  const Py_ssize_t count = PyTuple_GET_SIZE(contents.ptr());
+  const auto dict = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(contents.ptr(), i); };
+  const auto size = [&, p = PyBytes_AS_STRING(sizes.ptr())](Py_ssize_t i) {
+    int64_t size;
+    std::memcpy(&size, p + i * sizeof size, sizeof size);
+    return size;
+  };
+  Py_ssize_t at = 0;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (i + 2 * AHEAD < count) ask_for(dict(i + 2 * AHEAD), false);
+    if (i + AHEAD < count) ask_for(dict(i + AHEAD), true);
+    if (PyDict_Size(dict(i)) != size(i)) return false;
+    PyObject* value = nullptr;
+    for (Py_ssize_t place = 0; PyDict_Next(dict(i), &place, nullptr, &value); ++at) {
+      if (value != PyTuple_GET_ITEM(values.ptr(), at)) return false;
+    }
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty.ptr()); ++i) {
+    if (PyDict_Size(PyTuple_GET_ITEM(empty.ptr(), i)) != 0) return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects.ptr()); ++i) {
+    const PyObject* kind = PyTuple_GET_ITEM(kinds.ptr(), i);
+    if (reinterpret_cast<const PyObject*>(Py_TYPE(PyTuple_GET_ITEM(objects.ptr(), i))) != kind) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/// See bind_cpu. `then` holds four int64 of each tensor: its address, its version counter (-1: it
+/// is not asked), and where its own object and its storage's lie, which are asked for ahead.
+/// `data_ptr` and `version` are the descriptors of torch.Tensor.
+bool in_place(const py::tuple& tensors, const py::bytes& then, py::handle data_ptr,
+              py::handle version) {
+  constexpr int LINE = 64, LINES = 3;
+  constexpr Py_ssize_t AHEAD = 6;
+  struct State {
+    int64_t address, version, object, storage;
+  };
+  const Py_ssize_t count = PyTuple_GET_SIZE(tensors.ptr());
+  const char* states = PyBytes_AS_STRING(then.ptr());
+  const auto state = [=](Py_ssize_t i) {
+    State state;
+    std::memcpy(&state, states + i * sizeof state, sizeof state);
+    return state;
+  };
+  const auto equals = [](PyObject* number, int64_t expected) {
+    if (!number) throw py::error_already_set();
+    const bool same = PyLong_AsLongLong(number) == expected;
+    Py_DECREF(number);
+    return same;
+  };
+  const auto get = Py_TYPE(version.ptr())->tp_descr_get;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (i + AHEAD < count) {
+      __builtin_prefetch(PyTuple_GET_ITEM(tensors.ptr(), i + AHEAD));
+      const State next = state(i + AHEAD);
+      const char* object = reinterpret_cast<const char*>(next.object);
+      for (int line = 0; line < LINES; ++line) __builtin_prefetch(object + line * LINE);
+      __builtin_prefetch(reinterpret_cast<const char*>(next.storage));
+    }
+    PyObject* t = PyTuple_GET_ITEM(tensors.ptr(), i);
+    const State expected = state(i);
+    if (!equals(PyObject_Vectorcall(data_ptr.ptr(), &t, 1, nullptr), expected.address))
+      return false;
+    if (expected.version < 0) continue;
+    PyObject* kind = reinterpret_cast<PyObject*>(Py_TYPE(t));
+    if (!equals(get(version.ptr(), t, kind), expected.version)) return false;
+  }
+  return true;
+}
+
+/// Sizes of a convolution, in the order of DirectConv.
+using DirectShape = std::array<int64_t, 14>;
+
+DirectConv direct_args(const DirectShape& shape) {
+  DirectConv args{};
+  std::copy(shape.begin(), shape.end(), &args.n);
+  return args;
+}
+
+void bind_direct(py::module_& module, const Direct& ops) {
+  module.def("direct_panel", ops.direct_panel, "Output channels that lie together in weights.");
+  module.def(
+      "direct_workspace",
+      [f = ops.direct_workspace](const DirectShape& shape) { return f(direct_args(shape)); },
+      arg("shape"));
+  define(
+      module, "direct_conv",
+      [f = ops.direct_conv](Address x, Address weights, Address shift, Address residual, Address z,
+                            Address workspace, const DirectShape& shape, bool relu) {
+        DirectConv args = direct_args(shape);
+        args.x = x;
+        args.weights = weights;
+        args.shift = shift;
+        args.residual = residual;
+        args.z = z;
+        args.workspace = workspace;
+        args.relu = relu;
+        f(args);
+      },
+      arg("x"), arg("weights"), arg("shift") = 0, arg("residual") = 0, arg("z"), arg("workspace"),
+      arg("shape"), arg("relu"));
+}
+
 void bind_cpu(py::module_ module) {
   bind_bn_act(module, {cpu::bn_workspace, cpu::bn_stats, cpu::bn_finalize, cpu::affine_act,
                        cpu::affine_act_backward, cpu::bn_backward_sums, cpu::bn_backward_finalize,
@@ -213,23 +335,44 @@ void bind_cpu(py::module_ module) {
 
   bind_winograd(module, {cpu::winograd_weight_size, cpu::winograd_weight, cpu::winograd_workspace,
                          cpu::winograd_conv});
+  bind_direct(module, {cpu::direct_panel, cpu::direct_workspace, cpu::direct_conv});
 
   module.def("isa", cpu::isa, "The instruction set chosen for this process.");
 
+  // Local: a process may hold two builds of this module.
+  py::class_<cpu::Fingerprint>(module, "Fingerprint", py::module_local(),
+                               "A hash of buffers, which must stay where they are.")
+      .def(py::init([](const std::vector<std::pair<uintptr_t, int64_t>>& spans, int64_t whole,
+                       int64_t stride) {
+             std::vector<cpu::Span> list;
+             for (const auto& [address, nbytes] : spans) list.push_back({Address{address}, nbytes});
+             return cpu::Fingerprint(list, whole, stride);
+           }),
+           py::kw_only(), arg("spans"), arg("whole"), arg("stride"))
+      .def("value", &cpu::Fingerprint::value, NoGil());
+
+  module.def(
+      "unchanged", unchanged, arg("contents"), arg("sizes"), arg("values"), arg("empty"),
+      arg("objects"), arg("kinds"),
+      "Whether dictionaries hold the very values that they held, others nothing, and objects "
+      "are of the types that they were of.");
+
+  module.def("in_place", in_place, arg("tensors"), arg("then"), arg("data_ptr"), arg("version"),
+             "Whether tensors lie where they lay, and none was written to by what counts writes.");
+
   define(
-      module, "fingerprint",
-      [](const std::vector<Address>& addresses, const std::vector<int64_t>& nbytes,
-         int64_t stride) {
-        if (addresses.size() != nbytes.size()) {
-          throw py::value_error("fingerprint: addresses and nbytes differ in length");
+      module, "bn_stats_update",
+      [](const std::vector<Address>& buffers, const std::vector<Address>& values,
+         const std::vector<int64_t>& sizes, float factor, const std::vector<Address>& counters) {
+        if (buffers.size() != values.size() || buffers.size() != sizes.size()) {
+          throw py::value_error("bn_stats_update: buffers, values and sizes differ in length");
         }
-        std::vector<cpu::Span> spans;
-        for (size_t i = 0; i < addresses.size(); ++i) {
-          spans.push_back({addresses[i], nbytes[i]});
+        for (size_t i = 0; i < buffers.size(); ++i) {
+          cpu::lerp(buffers[i], values[i], sizes[i], factor);
         }
-        return cpu::fingerprint(spans, stride);
+        for (int64_t* counter : counters) ++*counter;
       },
-      arg("addresses"), arg("nbytes"), arg("stride"));
+      arg("buffers"), arg("values"), arg("sizes"), arg("factor"), arg("counters"));
 
   define(
       module, "huge_pages",

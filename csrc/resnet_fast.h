@@ -213,6 +213,21 @@ struct WinogradConv {
   bool relu;
 };
 
+/// z = act(conv(x, w) + shift + residual), without dilation and groups: x is (n, h, w, c), z and
+/// residual (n, p, q, k), weights (ceil(k / panel), r, s, c, panel) with 0 behind the last output
+/// channel, where `panel` is direct_panel(). act is ReLU or nothing; shift and residual may be
+/// absent; z may alias residual. workspace: direct_workspace floats, for at most `threads` threads.
+struct DirectConv {
+  const float* x;
+  const float* weights;
+  const float* shift;
+  const float* residual;
+  float* z;
+  float* workspace;
+  int64_t n, h, w, c, k, r, s, p, q, stride_h, stride_w, padding_h, padding_w, threads;
+  bool relu;
+};
+
 /// A residual bottleneck in inference: a1 = relu(conv1x1(x, w1) * scale1 + shift1), a2 =
 /// relu(conv3x3(a1, w2) * scale2 + shift2) with padding 1, z = relu(conv1x1(a2, w3) * scale3 +
 /// shift3 + shortcut); the shortcut is x (c = k) or, with rw, conv1x1(x, rw) * rscale + rshift.
@@ -279,6 +294,12 @@ struct Winograd {
   void (*winograd_conv)(const WinogradConv&);
 };
 
+struct Direct {
+  int64_t (*direct_panel)();
+  int64_t (*direct_workspace)(const DirectConv&);
+  void (*direct_conv)(const DirectConv&);
+};
+
 namespace cpu {
 
 /// Floats of workspace that any of the reductions below needs.
@@ -297,20 +318,39 @@ int64_t winograd_weight_size(int64_t c, int64_t k);
 void winograd_weight(const WinogradWeight& args);
 int64_t winograd_workspace(const WinogradConv& args);
 void winograd_conv(const WinogradConv& args);
+int64_t direct_panel();
+int64_t direct_workspace(const DirectConv& args);
+void direct_conv(const DirectConv& args);
 
 /// The instruction set that the ops above run on, chosen once: the best one that this CPU has, or
 /// the one that the environment variable RESNET_FAST_ISA names.
 const char* isa();
 
-/// One buffer to fingerprint.
+/// Memory, on the host.
 struct Span {
   const void* address;
   int64_t nbytes;
 };
 
-/// A 64-bit hash of one 8-byte word in every `stride` bytes of each buffer (0: of every byte), of
-/// its last bytes, and of its length.
-uint64_t fingerprint(const std::vector<Span>& spans, int64_t stride);
+/// A 64-bit hash of buffers, taken again and again: of every byte of those of at most `whole`
+/// bytes (8 or more), of one 8-byte word in every `stride` bytes and of the last word of the
+/// others, and of their lengths. The buffers must stay where they are.
+class Fingerprint {
+ public:
+  Fingerprint(const std::vector<Span>& spans, int64_t whole, int64_t stride);
+  uint64_t value() const;
+
+ private:
+  static constexpr int64_t PARTS = 8;  // for the threads; the value does not depend on how many
+  uint64_t part(int64_t index) const;
+
+  std::vector<Span> whole_;
+  std::vector<const char*> sampled_;
+  uint64_t lengths_ = 0;  // of the sampled ones
+};
+
+/// a += factor * (b - a), elementwise: running statistics on their way to a batch's.
+void lerp(float* a, const float* b, int64_t size, float factor);
 
 /// Asks for pages of 2 MB in place of small ones wherever a whole one lies in the span, whose bytes
 /// stay as they are; for memory that is read again and again. Returns the bytes that got them: 0

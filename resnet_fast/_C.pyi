@@ -6,7 +6,7 @@ arrays (k,): tensors, which go by their address, or addresses; None and 0 are an
 """
 
 import enum
-from typing import Protocol, TypeAlias, TypedDict
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 from torch import Tensor
 
@@ -245,9 +245,42 @@ class _Cpu(_Ops, Protocol):
         relu: bool,
     ) -> None: ...
     @staticmethod
-    def isa() -> str: ...
+    def direct_panel() -> int: ...
     @staticmethod
-    def fingerprint(*, addresses: list[int], nbytes: list[int], stride: int) -> int: ...
+    def direct_workspace(shape: tuple[int, ...]) -> int: ...
+    @staticmethod
+    def direct_conv(
+        *,
+        x: Operand,
+        weights: Operand,
+        shift: Operand = 0,
+        residual: Operand = 0,
+        z: Operand,
+        workspace: Operand,
+        shape: tuple[int, ...],
+        relu: bool,
+    ) -> None: ...
+    @staticmethod
+    def isa() -> str: ...
+    class Fingerprint:
+        def __init__(self, *, spans: list[tuple[int, int]], whole: int, stride: int) -> None: ...
+        def value(self) -> int: ...
+
+    @staticmethod
+    def unchanged(
+        contents: tuple[dict[Any, Any], ...],
+        sizes: bytes,
+        values: tuple[Any, ...],
+        empty: tuple[dict[Any, Any], ...],
+        objects: tuple[Any, ...],
+        kinds: tuple[type, ...],
+    ) -> bool: ...
+    @staticmethod
+    def in_place(tensors: tuple[Tensor, ...], then: bytes, data_ptr: Any, version: Any) -> bool: ...
+    @staticmethod
+    def bn_stats_update(
+        *, buffers: list[Tensor], values: list[Tensor], sizes: list[int], factor: float, counters: list[Tensor]
+    ) -> None: ...
     @staticmethod
     def huge_pages(*, address: int, nbytes: int) -> int: ...
     @staticmethod

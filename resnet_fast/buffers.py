@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import switches
+
 __all__ = ["empty", "release", "scratch"]
 
 #: From this size on, glibc maps a block by itself (DEFAULT_MMAP_THRESHOLD_MAX).
@@ -65,7 +67,8 @@ def empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, smallest: int
     """
     n, c, h, w = shape
     nbytes = n * c * h * w * dtype.itemsize
-    if nbytes < (SMALLEST if smallest is None else smallest) or nbytes == 0 or _count is None:
+    wanted = nbytes >= (SMALLEST if smallest is None else smallest) and nbytes > 0
+    if not wanted or _count is None or not switches.on("memory"):
         return None
     strides = (h * w * c, 1, w * c, c)
     with _lock:

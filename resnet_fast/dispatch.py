@@ -41,6 +41,7 @@ __all__ = [
     "add_rows",
     "assume",
     "choose",
+    "direct",
     "forced_backend",
     "forget",
     "fused_sums",
@@ -86,6 +87,7 @@ class Op:
         self.name: str = definition.__name__
         self.definition = definition
         self.signature = inspect.signature(definition)
+        self.lead = next(iter(self.signature.parameters))  # its device and dtype decide who runs the op
         self.schema: str = torch.library.infer_schema(definition, mutates_args=())
         _LIBRARY.define(self.name + self.schema)
         # CompositeExplicitAutograd: one implementation for every device. The device is looked at in choose().
@@ -99,7 +101,7 @@ class Op:
         return self._overload(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        lead: Tensor = args[0]
+        lead: Tensor = args[0] if args else kwargs[self.lead]
         choice = tuned(self.name, *args, **kwargs) if self.name in SIGNATURES else None
         function = (choice or choose(self.name, lead.device, lead.dtype)).function
         if torch.is_autocast_enabled(lead.device.type):
@@ -130,6 +132,38 @@ def _nobody_listens() -> bool:
         or torch.autograd._profiler_enabled()
         or torch.jit.is_tracing()
     )
+
+
+def direct(lead: Tensor, others: Iterable[Any] = ()) -> Any:
+    """The functions that run ops for tensors like ``lead``, by their names: what calling the ops comes to, decided once
+    for many of them. None where each must decide for itself.
+
+    That is where somebody listens to the dispatcher, under autocast, under ``use_backend``, with a table of what was
+    measured, and for subclasses of Tensor, among ``others`` too. Grad mode must be off.
+    """
+    device = lead.device
+    if (
+        _forced.get() is not None
+        or _assumed.get() is not None
+        or (_tables.get(device) or table(device)).choices
+        or torch.is_autocast_enabled(device.type)
+        or not _nobody_listens()
+        or not _PLAIN.issuperset(map(type, (lead, *others)))
+    ):
+        return None
+    return _Direct(device, lead.dtype)
+
+
+class _Direct:
+    """Each op's function on one device, for one dtype."""
+
+    __slots__ = ("_device", "_dtype")
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return _choose(name, self._device, self._dtype, None).function
 
 
 def op(definition: Callable[..., Any]) -> Op:
@@ -398,7 +432,7 @@ def forget(device: torch.device | None = None) -> None:
 
 def tuned(op_name: str, *args: Any, **kwargs: Any) -> Choice | None:
     """The fastest way to run this call, if it was measured; never under ``use_backend``, which asks for another."""
-    device = (args[0] if args else next(iter(kwargs.values()))).device
+    device = (args[0] if args else kwargs[OPS[op_name].lead]).device
     choices = (_tables.get(device) or table(device)).choices
     if not choices or _forced.get() is not None:
         return None

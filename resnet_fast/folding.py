@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from operator import attrgetter, is_
+from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import buffers
+from . import buffers, switches
+from .autograd import ConvBn, layer_tensors, scale_shift
 from .dispatch import backend, choose, hook, prepare, reasons
-from .functional import ConvBn, layer_tensors, scale_shift, to_channels_last
+from .functional import to_channels_last
 from .watch import Watch
 
 __all__ = ["FoldCache", "Folded", "Program", "arithmetic", "cast", "folded_block", "magnitude"]
 
-#: Magnitudes that float32 and bfloat16 still hold, with room for a rounding.
-_LARGEST = 1e38
+#: Magnitudes that float32 and bfloat16 still hold, with room for the rounding of every layer, and for what Winograd's
+#: transforms make of them on the way, up to 36 times as large.
+_LARGEST = 1e36
 
 
 #: Multiply-adds per value of a block's input and output from which a wider arithmetic earns back the two conversions:
@@ -136,39 +138,13 @@ class _Entry(NamedTuple):
 
     static: tuple[Any, ...]
     tensors: list[Tensor]
-    state: _State
-    fingerprint: int
-    fingerprint_now: Callable[[], int]
+    memory: Any  # backends.native.Memory
     folded: list[Folded]
     situation: Any
     watch: Watch | None
 
     def holds(self) -> bool:
-        return (
-            self.watch is not None
-            and self.watch.unchanged()
-            and self.state.holds()
-            and self.fingerprint_now() == self.fingerprint
-        )
-
-
-class _State:
-    """Address and version counter of tensors, as they are now. Tensors made in inference mode have no counter."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors, self._counted = tensors, [t for t in tensors if not t.is_inference()]
-        self._then = self._now()
-
-    def _now(self) -> list[int]:
-        # No loop of Python's own: this runs at every forward of every block.
-        return [*map(Tensor.data_ptr, self._tensors), *map(_version, self._counted)]
-
-    def holds(self) -> bool:
-        """Whether no tensor has moved, or been written to by anything that counts."""
-        return self._now() == self._then
-
-
-_version = attrgetter("_version")
+        return self.watch is not None and self.watch.unchanged() and self.memory.holds()
 
 
 class FoldCache:
@@ -204,24 +180,25 @@ class FoldCache:
 
         ``situation``: all, besides what ``watch`` watches, that made the caller come here; for ``recall``.
         """
-        if not _can_watch(device):
+        if not _can_watch(device) or not switches.on("folding"):
             return None
         static = (dtype, choose("conv_affine_act", device, dtype), *(layer[_TENSOR_FIELDS:] for layer in layers))
         tensors = [t for layer in layers for t in layer[:_TENSOR_FIELDS] if isinstance(t, Tensor)]
-        state, now = _State(tensors), backend("native").fingerprinter(tensors)
-        fingerprint = now()
         entry = self._entry
         if (
             entry is not None
-            and (entry.static, entry.fingerprint) == (static, fingerprint)
+            and entry.static == static
+            and len(entry.tensors) == len(tensors)
             and all(map(is_, entry.tensors, tensors))
-            and entry.state.holds()
+            and entry.memory.holds()
         ):
-            folded = entry.folded
+            entry = entry._replace(situation=situation, watch=watch)
         else:
+            memory = backend("native").Memory(tensors)  # first: what is written meanwhile is seen the next time
             folded = [Folded(layer, device, dtype) for layer in layers]
-        self._entry = _Entry(static, tensors, state, fingerprint, now, folded, situation, watch)
-        return folded
+            entry = _Entry(static, tensors, memory, folded, situation, watch)
+        self._entry = entry
+        return entry.folded
 
 
 #: The leading fields of ConvBn, up to and with ``bias``, are tensors; the rest are numbers.
@@ -313,15 +290,37 @@ def _run(
 
 
 class _Step(NamedTuple):
-    """One block of a program."""
+    """One block of a program. Below max|x| = ``limit`` nothing inside can overflow; |z| <= gain * max|x| + offset."""
 
     layers: list[Folded]
     projection: Folded | None
     identity: bool
+    gain: float
+    offset: float
+    limit: float
+
+
+def _step(layers: list[Folded], projection: Folded | None, identity: bool) -> _Step:
+    """Bounds are affine in max|x|, layer by layer: gain * max|x| + offset."""
+    limit, gain, offset = _LARGEST, 1.0, 0.0
+
+    def check() -> None:
+        nonlocal limit
+        limit = min(limit, (_LARGEST - offset) / max(gain, 1e-30))
+
+    for layer in layers:
+        gain, offset = layer.gain * gain, layer.bound(offset)
+        check()
+    if projection is not None:
+        gain, offset = gain + projection.gain, offset + projection.offset
+    elif identity:
+        gain += 1.0
+    check()
+    return _Step(layers, projection, identity, gain, offset, limit)
 
 
 class Program:
-    """The blocks of a stage, folded, back to back: one look at whether anything has changed, one at the input.
+    """The blocks of a stage, folded, back to back: one look at whether anything has changed, and at most one at x.
 
     Made of the caches of its blocks, which have just run: ``blocks`` gives each one's cache, whether it has a
     projection, and whether its shortcut is the identity. ``situation`` and ``watch`` are the stage's, as for FoldCache.
@@ -330,54 +329,34 @@ class Program:
     def __init__(self, blocks: Sequence[tuple[FoldCache, bool, bool]], situation: Any, watch: Watch) -> None:
         self._situation, self._watch = situation, watch
         self._steps: list[_Step] = []
-        self._tensors: list[Tensor] = []
+        tensors: list[Tensor] = []
         for cache, projection, identity in blocks:
             entry = cache._entry
             assert entry is not None
             end = len(entry.folded) - projection
-            side = entry.folded[-1] if projection else None
-            self._steps.append(_Step(entry.folded[:end], side, identity))
-            self._tensors += entry.tensors
-        self._state = _State(self._tensors)
-        self._fingerprint_now = backend("native").fingerprinter(self._tensors)
-        self._fingerprint = self._fingerprint_now()
-        self._limit = self._largest_input()
-
-    def _largest_input(self) -> float:
-        """The max|x| below which no value inside can overflow; bounds are affine in max|x|: gain * max|x| + offset."""
-        limit, gain, offset = _LARGEST, 1.0, 0.0
-        for step in self._steps:
-            sides = (0.0, 0.0)
-            if step.projection is not None:
-                sides = step.projection.gain * gain, step.projection.bound(offset)
-            elif step.identity:
-                sides = gain, offset
-            for layer in step.layers:
-                gain, offset = layer.gain * gain, layer.bound(offset)
-                limit = min(limit, (_LARGEST - offset) / max(gain, 1e-30))
-            gain, offset = gain + sides[0], offset + sides[1]
-            limit = min(limit, (_LARGEST - offset) / max(gain, 1e-30))
-        return limit if math.isfinite(limit) else 0.0
+            self._steps.append(_step(entry.folded[:end], entry.folded[-1] if projection else None, identity))
+            tensors += entry.tensors
+        self._memory = backend("native").Memory(tensors)
 
     def holds(self, situation: Any) -> bool:
         """Whether all is as it was when the program was made."""
-        return (
-            self._situation == situation
-            and self._watch.unchanged()
-            and self._state.holds()
-            and self._fingerprint_now() == self._fingerprint
-        )
+        return self._situation == situation and self._watch.unchanged() and self._memory.holds()
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """z in the dtype of ``x`` or of autocast; None where a value inside might overflow, or a shape does not fit."""
-        if not magnitude(x) < self._limit:
-            return None
-        operand = x
+    def __call__(self, x: Tensor, known: float | None = None) -> tuple[Tensor, float] | None:
+        """z in the dtype in which it was computed, and a bound of max|z|; ``known``: max|x| or more, if that is known.
+
+        None, with ``x`` as it was, where a value inside might overflow or a shape does not fit. Bounds grow from block
+        to block; where one has grown too large, what it is of is measured.
+        """
+        operand, bound = x, _ENDLESS if known is None else known
         for step in self._steps:
+            if not bound < step.limit:
+                bound = magnitude(operand)
+                if not bound < step.limit:
+                    return None
             operand = cast(operand, step.layers[0].dtype)
             z = _run(operand, step.layers, step.projection, None, step.identity, operand is not x)
             if z is None:
                 return None
-            operand = z
-        kind = x.device.type
-        return cast(operand, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+            operand, bound = z, step.gain * bound + step.offset
+        return operand, bound

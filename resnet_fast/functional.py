@@ -1,26 +1,16 @@
-"""The functions that users and modules call: checks, autocast, layout, autograd, running statistics.
-
-A residual block is one ``autograd.Function`` around the ops. Its forward saves the block's input, the convolution
-outputs y, the per-channel statistics, and one bit per value of the block's output; no activation is kept. Between the
-layers only lazy activations (y, scale, shift) and lazy gradients (dz, y, mean, a, b, c) are passed: whether they are
-written to memory is the backend's affair. Its backward forms the masks inside the block again from y, scale and shift.
-"""
+"""The functions that users and modules call: checks, autocast, layout; ``autograd`` has what they run."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
-from .dispatch import forced_backend, fused_sums, hook, tuned, use_backend
+from .autograd import AddRelu, Block, ConvBn, Moves, Static, forward_block, layer_tensors, unit, update_running
 
 __all__ = [
     "ConvBn",
@@ -35,46 +25,6 @@ __all__ = [
 class LayoutWarning(UserWarning):
     """An input was not channels-last and had to be copied."""
 
-
-class ConvBn(NamedTuple):
-    """One convolution and its batch norm, as tensors and numbers.
-
-    ``weight`` (K, C // groups, R, S); ``gamma``, ``beta``, ``running_mean``, ``running_var``, ``bias`` (K,) or None.
-    ``batch_stats``: normalise by the batch's statistics, as in training, and update the running ones, if there are any,
-    by ``momentum`` (None: cumulative average over ``num_batches_tracked``). ``relu`` follows the norm. ``group``: the
-    process group over whose ranks the batch's statistics are taken, as nn.SyncBatchNorm does; None: this process alone.
-    """
-
-    weight: Tensor
-    gamma: Tensor | None = None
-    beta: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    num_batches_tracked: Tensor | None = None
-    bias: Tensor | None = None
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    eps: float = 1e-5
-    momentum: float | None = 0.1
-    batch_stats: bool = True
-    relu: bool = True
-    group: Any = None
-
-    @property
-    def geometry(self) -> tuple[list[int], list[int], list[int], int]:
-        """stride, padding, dilation, groups: the trailing arguments of every convolution op.
-
-        A filter one tap wide has no dilation; oneDNN does not know, and crashes on a grouped 1x1 with one.
-        """
-        dilation = list(self.dilation)
-        if max(dilation) > 1:
-            dilation = [1 if taps == 1 else d for taps, d in zip(self.weight.shape[2:], dilation, strict=True)]
-        return list(self.stride), list(self.padding), dilation, self.groups
-
-
-# ---- what every path shares -------------------------------------------------------------------------------------
 
 _layout_said = False
 
@@ -94,16 +44,6 @@ def to_channels_last(x: Tensor) -> Tensor:
             stacklevel=3,
         )
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def scale_shift(
-    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """rstd, scale = gamma * rstd, shift = beta - mean * scale; all (K,) in the dtype of ``mean``."""
-    rstd = torch.rsqrt(var + eps)
-    scale = rstd if gamma is None else gamma.to(mean.dtype) * rstd
-    shift = -mean * scale
-    return rstd, scale, shift if beta is None else shift + beta.to(mean.dtype)
 
 
 def _check(x: Tensor, layers: Sequence[ConvBn]) -> None:
@@ -212,417 +152,6 @@ def _autocast(
     return x.to(dtype), None if residual is None else residual.to(dtype), cast
 
 
-@torch.no_grad()
-def _update_running(layers: Sequence[ConvBn], statistics: Sequence[Tensor], empty: bool) -> None:
-    """nn.BatchNorm2d's update of every layer, outside the ops, which never write their inputs.
-
-    ``statistics``: mean and unbiased var of each layer, flat. A batch that is ``empty`` is counted, and moves nothing,
-    as in torch.
-    """
-    moved: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # by momentum: buffers, and what they move towards
-    counters = []
-    for i, layer in enumerate(layers):
-        if not layer.batch_stats or layer.running_mean is None or layer.running_var is None:
-            continue
-        mean, var = statistics[2 * i : 2 * i + 2]
-        if layer.bias is not None:
-            mean = mean + layer.bias.to(mean.dtype)  # the convolution ran without it: batch norm cancels it
-        if layer.num_batches_tracked is not None:
-            counters.append(layer.num_batches_tracked)
-        if empty and layer.group is None:
-            continue
-        if layer.momentum is None:
-            factor: float | Tensor = 0.0
-            if layer.num_batches_tracked is not None:  # a tensor: no host synchronisation
-                factor = 1.0 / (layer.num_batches_tracked + 1).to(mean.dtype)
-            for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
-                buffer.copy_(buffer.to(value.dtype).lerp_(value, factor))
-            continue
-        buffers, values = moved.setdefault(layer.momentum, ([], []))
-        buffers += [layer.running_mean, layer.running_var]
-        values += [mean, var]
-    if counters:
-        torch._foreach_add_(counters, 1)
-    for factor, (buffers, values) in moved.items():
-        if all(b.dtype == v.dtype for b, v in zip(buffers, values, strict=True)):
-            torch._foreach_lerp_(buffers, values, factor)
-            continue
-        for buffer, value in zip(buffers, values, strict=True):
-            buffer.copy_(buffer.to(value.dtype).lerp_(value, factor))
-
-
-# ---- training: one autograd.Function per block ------------------------------------------------------------------
-
-
-class _Static(NamedTuple):
-    """What the block's Function must know besides its tensors. One entry per layer, the projection last."""
-
-    geometry: list[tuple[list[int], list[int], list[int], int]]
-    eps: list[float]
-    relu: list[bool]
-    batch_stats: list[bool]
-    group: list[Any]
-    projection: bool  # the last layer is the shortcut's; it reads x
-    identity: bool  # the residual is x itself
-    pool: bool  # the 3x3/2 max-pool follows
-    running: Sequence[ConvBn] | None = None  # whose running statistics the forward updates; None: its caller does
-
-    def conv(self, i: int) -> tuple[list[int], list[int], list[int], int]:
-        """Trailing arguments of layer i's convolution ops."""
-        return self.geometry[i]
-
-    @property
-    def end(self) -> int:
-        """The last layer of the main path."""
-        return len(self.geometry) - self.projection - 1
-
-
-#: Tensors per layer in the Function's flat argument list: weight, gamma, beta, and the running mean and var.
-_PER_LAYER = 5
-
-
-class _Layer(NamedTuple):
-    """What the backward of one layer needs of its forward; all but w and y are (K,)."""
-
-    w: Tensor
-    y: Tensor
-    mean: Tensor
-    rstd: Tensor
-    scale: Tensor
-    shift: Tensor
-    total: Tensor | None = None  # (), values per channel over all ranks, where the statistics are theirs
-
-    def operand(self, relu: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The activation as a convolution takes it: lazy where it can be, else written out."""
-        if relu:
-            return self.y, self.scale, self.shift
-        return ops.affine_act(self.y, self.scale, self.shift, relu=False), None, None
-
-
-def _values(y: Tensor) -> int:
-    """Values per channel of y (N, K, P, Q)."""
-    n, _, p, q = y.shape
-    return n * p * q
-
-
-def _gather(group: Any, n: int, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """n (T,), mean (T, K) and var (T, K) of the T ranks of ``group``, in their order: the same on every rank."""
-    own = torch.cat((mean, var, mean.new_full((1,), n)))
-    world = dist.get_world_size(group)
-    if dist.get_backend(group) == "gloo":
-        parts = [torch.empty_like(own) for _ in range(world)]
-        dist.all_gather(parts, own, group)
-        every = torch.stack(parts)
-    else:
-        every = own.new_empty(world, own.numel())
-        dist.all_gather_into_tensor(every, own, group)
-    k = mean.numel()
-    return every[:, -1], every[:, :k], every[:, k:-1]
-
-
-def _forward_layer(
-    static: _Static, i: int, operand: tuple[Tensor, Tensor | None, Tensor | None], tensors: Sequence[Tensor | None]
-) -> tuple[_Layer, tuple[Tensor, Tensor]]:
-    """y = conv(operand) and the affine that its statistics make. Returns the layer, and mean and unbiased var."""
-    w, gamma, beta, mean, var = tensors[_PER_LAYER * i : _PER_LAYER * (i + 1)]
-    assert w is not None
-    x, *lazy = operand
-    if not static.batch_stats[i]:
-        assert mean is not None and var is not None
-        if lazy[0] is not None:
-            x = ops.affine_act(x, *lazy)
-        y = F.conv2d(x, w, None, *static.conv(i)).contiguous(memory_format=torch.channels_last)
-        nothing = mean.new_empty(0), var.new_empty(0)
-        return _Layer(w, y, mean, *scale_shift(mean, var, gamma, beta, static.eps[i])), nothing
-    norm = gamma, beta, static.eps[i]
-    y, mean, var, rstd, scale, shift = ops.conv_stats(x, w, *static.conv(i), *lazy, *norm)
-    total = None
-    if static.group[i] is not None:
-        n, means, variances = _gather(static.group[i], _values(y), mean, var)
-        mean, var, rstd, scale, shift = ops.bn_finalize(n, means, variances, *norm)
-        total = n.sum()
-    elif _values(y) == 1:  # nn.BatchNorm2d's own rule, in its own words
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
-    return _Layer(w, y, mean, rstd, scale, shift, total), (mean, var)
-
-
-def _forward_block(
-    static: _Static, x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None], keep: bool
-) -> tuple[Tensor, Tensor | None, list[_Layer], list[Tensor]]:
-    """z, what its backward will need of it, the layers, and their statistics flat: mean, unbiased var, mean, ...
-
-    Statistics are empty where they were given. ``keep``: there will be a backward; it needs the pooling's index, or
-    the bits of the ReLU behind a sum. Without a sum those follow from y.
-    """
-    end = static.end
-    layers: list[_Layer] = []
-    statistics: list[Tensor] = []
-    first = operand = x, None, None
-    for i in range(len(static.geometry)):
-        layer, stats = _forward_layer(static, i, first if i > end else operand, tensors)
-        layers.append(layer)
-        statistics += stats
-        if i < end:
-            operand = layer.operand(static.relu[i])  # type: ignore[assignment]
-    last, relu = layers[end], static.relu[end]
-    affine = last.y, last.scale, last.shift
-    if static.pool:
-        z, kept = ops.affine_act_maxpool(*affine)
-        return z, kept, layers, statistics
-    shortcut: tuple[Tensor | None, ...] = (x,) if static.identity else (residual,)
-    if static.projection:
-        shortcut = layers[-1].y, layers[-1].scale, layers[-1].shift
-    if keep and relu and shortcut[0] is not None:
-        z, kept = ops.affine_act_mask(*affine, *shortcut)
-        return z, kept, layers, statistics
-    return ops.affine_act(*affine, *shortcut, relu=relu), None, layers, statistics
-
-
-def _conv_backward(
-    g: Tensor, *args: Any, residual: Tensor | None, disposable: bool, **lazy: Any
-) -> tuple[Tensor, Tensor]:
-    """``ops.conv_backward``. ``residual``, and ``g`` if ``disposable``, may be written over where the backend can."""
-    if (residual is not None or disposable) and not torch.compiler.is_compiling():
-        choice = tuned("conv_backward", g, *args, **lazy, residual=residual)
-        into = hook("conv_backward", "into", g.device, g.dtype, choice)
-        if into is not None:
-            return into(g, *args, **lazy, residual=residual, disposable=disposable)
-    return ops.conv_backward(g, *args, **lazy, residual=residual)
-
-
-class _Backward:
-    """The backward pass of one block: the state that its layers share."""
-
-    def __init__(self, static: _Static, x: Tensor, layers: list[_Layer], needs: Sequence[Sequence[bool]]) -> None:
-        self.static, self.x, self.layers, self.needs = static, x, layers, needs
-        self.grads: list[Tensor | None] = [None] * (_PER_LAYER * len(layers))
-
-    def mask(self, i: int) -> tuple[Tensor, Tensor] | tuple[()]:
-        """scale and shift, from which the ops form the mask of the ReLU behind layer i; nothing without a ReLU."""
-        return (self.layers[i].scale, self.layers[i].shift) if self.static.relu[i] else ()
-
-    def needs_sums(self, i: int) -> bool:
-        """Whether anything depends on the sums of layer i."""
-        _, gamma, beta = self.needs[i]
-        return gamma or beta or self.static.batch_stats[i]
-
-    def coefficients(self, i: int, sums: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """a, b, c of layer i's lazy gradient; the gradients of its gamma and beta go into ``grads``."""
-        layer, (_, gamma, beta) = self.layers[i], self.needs[i]
-        a = layer.scale
-        if sums is None:
-            zero = torch.zeros_like(a)
-            return a, zero, zero
-        sum_g, sum_gy = sums
-        if layer.total is None:
-            b, c, dgamma = ops.bn_backward_finalize(sum_g, sum_gy, layer.rstd, a, float(_values(layer.y)))
-        else:
-            # gamma's and beta's gradients are this rank's: whoever averages gradients over ranks averages them too.
-            every = torch.stack((sum_g, sum_gy))
-            dist.all_reduce(every, group=self.static.group[i])
-            every /= layer.total.clamp(min=1)
-            b, c, _ = ops.bn_backward_finalize(every[0], every[1], layer.rstd, a, 1.0)
-            dgamma = sum_gy * layer.rstd
-        if not self.static.batch_stats[i]:
-            b = c = torch.zeros_like(a)
-        self.grads[_PER_LAYER * i + 1] = dgamma if gamma else None
-        self.grads[_PER_LAYER * i + 2] = sum_g if beta else None
-        return a, b, c
-
-    def layer(
-        self,
-        i: int,
-        dz: Tensor,
-        mask: Sequence[Tensor],
-        sums: tuple[Tensor, Tensor] | None,
-        before: int | None,
-        needs_x: bool,
-        residual: Tensor | None = None,
-        index: Tensor | None = None,
-    ) -> tuple[Tensor, Sequence[Tensor], tuple[Tensor, Tensor] | None]:
-        """Layer i's gradients into ``grads``; returns its input's, with ``residual`` added, which may be overwritten.
-
-        ``dz`` behind the ReLU of ``mask``, or behind the pooling that ``index`` is of. ``before``: the layer it reads,
-        None for x. Where ``needs_x`` is False the gradient returned has no elements. Beside it the mask that it still
-        needs, and the sums, of the layer before.
-        """
-        layer, needs_w = self.layers[i], self.needs[i][0]
-        lazy: tuple[Tensor, ...] = (layer.y, layer.mean, *self.coefficients(i, sums))
-        if index is not None:
-            dz, lazy = ops.maxpool_backward_apply(dz, index, *lazy), ()
-        gradient = dict(zip(("y", "mean", "a", "b", "c", "gscale", "gshift"), (*lazy, *mask), strict=False))
-        if not (needs_x or needs_w):
-            return dz.new_empty(0), (), None
-        if before is None:
-            dx = self._convolution(i, dz, gradient, (self.x, None, None), needs_x, residual)
-            return dx, (), None
-        previous, relu = self.layers[before], self.static.relu[before]
-        fused = None
-        if needs_x and relu and not mask and self.needs_sums(before) and not torch.compiler.is_compiling():
-            affine = previous.mean, previous.scale, previous.shift
-            arguments = dz, previous.y, layer.w, *self.static.conv(i), needs_w, *affine
-            fused = fused_sums(*arguments, **gradient)
-        if fused is not None:
-            dx, dw, *both = fused(*arguments, **gradient)
-            if needs_w:
-                self.grads[_PER_LAYER * i] = dw
-            return dx, (), (both[0], both[1])
-        operand = previous.operand(relu) if needs_w else (previous.y, None, None)  # else its size alone is needed
-        dx = self._convolution(i, dz, gradient, operand, needs_x, residual)
-        if not needs_x:
-            return dx, (), None
-        mask, sums = self.mask(before), None
-        if self.needs_sums(before):
-            sums = ops.bn_backward_sums(dx, previous.y, previous.mean, *mask)
-        return dx, mask, sums
-
-    def _convolution(
-        self,
-        i: int,
-        dz: Tensor,
-        gradient: dict[str, Tensor],
-        operand: tuple[Tensor, Tensor | None, Tensor | None],
-        needs_x: bool,
-        residual: Tensor | None,
-    ) -> Tensor:
-        """Layer i's convolution: dw into ``grads``; returns dx."""
-        x, scale, shift = operand
-        w, needs_w = self.layers[i].w, self.needs[i][0]
-        dx, dw = _conv_backward(
-            dz,
-            x,
-            w,
-            *self.static.conv(i),
-            needs_x,
-            needs_w,
-            scale=scale,
-            shift=shift,
-            **gradient,
-            residual=residual,
-            disposable=i < self.static.end,  # there it comes from the convolution behind, and nobody else has it
-        )
-        if needs_w:
-            self.grads[_PER_LAYER * i] = dw
-        return dx
-
-
-class _Block(torch.autograd.Function):
-    """z = act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut); where nothing is updated, each layer's mean and var too.
-
-    Where the compiler reads, running statistics are updated outside. Elsewhere inside: checkpointing stops its second
-    forward at the last tensor saved, which is when this one's returns, and a batch norm of torch has moved by then.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, static: _Static, x: Tensor, residual: Tensor | None, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        z, kept, layers, statistics = _forward_block(static, x, residual, tensors, True)
-        ctx.static, ctx.backend = static, forced_backend()
-        ctx.save_for_backward(x, kept, *(t for layer in layers for t in layer))
-        if static.running is not None:
-            _update_running(static.running, statistics, empty=x.numel() == 0)
-            return (z,)
-        ctx.mark_non_differentiable(*statistics)
-        return (z, *statistics)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if ctx.backend is None:
-            return _Block._backward(ctx, dz)
-        # On a GPU this runs in autograd's own threads, which know nothing of the forward's use_backend.
-        with use_backend(ctx.backend):
-            return _Block._backward(ctx, dz)
-
-    @staticmethod
-    def _backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        static: _Static = ctx.static
-        x, kept, *saved = ctx.saved_tensors
-        size = len(_Layer._fields)
-        layers = [_Layer(*saved[i : i + size]) for i in range(0, len(saved), size)]
-        needs_x, needs_residual = ctx.needs_input_grad[1:3]
-        flags = ctx.needs_input_grad[3:]
-        needs = [flags[i : i + 3] for i in range(0, len(flags), _PER_LAYER)]  # of weight, gamma, beta
-        block = _Backward(static, x, layers, needs)
-        end = static.end
-        side = layers[-1] if static.projection else None
-
-        # The block's end: g, and the sums of its batch norms.
-        last = layers[end]
-        mask: Sequence[Tensor] = ()
-        index: Tensor | None = None
-        sums: tuple[Tensor, Tensor] | None = None
-        side_sums: tuple[Tensor, Tensor] | None = None
-        if static.pool:
-            g, index = dz.contiguous(memory_format=torch.channels_last), kept
-            if block.needs_sums(end):
-                sums = ops.maxpool_backward_sums(g, index, last.y, last.mean)
-        elif kept is not None:
-            g, sum_g, sum_gy, sum_gr = ops.affine_act_backward(
-                dz, kept, last.y, last.mean, side.y if side else None, side.mean if side else None
-            )
-            sums = (sum_g, sum_gy) if block.needs_sums(end) else None
-            side_sums = (sum_g, sum_gr) if side and block.needs_sums(end + 1) else None
-        else:
-            g, mask = dz.contiguous(memory_format=torch.channels_last), block.mask(end)
-            if block.needs_sums(end):
-                sums = ops.bn_backward_sums(g, last.y, last.mean, *mask)
-            if side and block.needs_sums(end + 1):
-                side_sums = ops.bn_backward_sums(g, side.y, side.mean)
-
-        dx: Tensor | None = None
-        dz = g
-        for i in range(end, -1, -1):
-            upstream = needs_x or any(any(n) for n in needs[:i])
-            if not upstream and not any(needs[i]):
-                break
-            # An identity's gradient is g, which after the first layer's backward nobody needs. Without a ReLU's mask it
-            # is the gradient that came in, which may be somebody else's, too.
-            own = kept is not None and not needs_residual
-            residual = g if i == 0 and static.identity and needs_x and end > 0 and own else None
-            before = i - 1 if i else None
-            dz, mask, sums = block.layer(i, dz, mask, sums, before, upstream, residual, index)
-            index = None
-            if not upstream:
-                break
-            if before is None:
-                dx = dz
-                if static.identity and residual is None:
-                    dx = dx + g
-
-        if side and (needs_x or any(needs[-1])):
-            side_dx, _, _ = block.layer(end + 1, g, (), side_sums, None, needs_x, dx)
-            dx = side_dx if needs_x else dx
-        return None, dx, (g if needs_residual else None), *block.grads
-
-
-def layer_tensors(layer: ConvBn) -> list[Tensor | None]:
-    """A layer's tensors as the Function takes them: vectors wide, a convolution's bias folded into beta."""
-    wide = ops.stats_dtype(layer.weight.dtype)
-    if layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]:  # in training nobody else would see it
-        raise ValueError(f"bias: found {tuple(layer.bias.shape)}, supported is ({layer.weight.shape[0]},)")
-    gamma, beta = layer.gamma, layer.beta
-    if gamma is not None and gamma.dtype is not wide:
-        gamma = gamma.to(wide)
-    if beta is not None and beta.dtype is not wide:
-        beta = beta.to(wide)
-    if layer.batch_stats:
-        # The mean cancels the bias: its gradient is zero, but it has one.
-        if layer.bias is not None and layer.bias.requires_grad:
-            nothing = layer.bias.to(wide) * 0
-            beta = nothing if beta is None else beta + nothing
-        return [layer.weight, gamma, beta, None, None]
-    if layer.running_mean is None or layer.running_var is None:
-        raise ValueError("running_mean, running_var: found None, needed where batch_stats is False")
-    mean, var = layer.running_mean.to(wide), layer.running_var.to(wide)
-    if layer.bias is not None:
-        # bn(y + bias) is bn(y) with bias * gamma * rstd more beta.
-        lift = layer.bias.to(wide) * scale_shift(mean, var, gamma, None, layer.eps)[1]
-        beta = lift if beta is None else beta + lift
-    return [layer.weight, gamma, beta, mean, var]
-
-
 def residual_block(
     x: Tensor,
     layers: Sequence[ConvBn],
@@ -659,6 +188,19 @@ def residual_block(
         raise fault from error
 
 
+def _static(every: Sequence[ConvBn], projection: bool, identity: bool, pool: bool) -> Static:
+    return Static(
+        geometry=[la.geometry for la in every],
+        eps=[la.eps for la in every],
+        relu=[la.relu for la in every],
+        batch_stats=[la.batch_stats for la in every],
+        group=[la.group if la.batch_stats else None for la in every],
+        projection=projection,
+        identity=identity,
+        pool=pool,
+    )
+
+
 def _residual_block(
     x: Tensor,
     layers: Sequence[ConvBn],
@@ -676,27 +218,59 @@ def _residual_block(
         x, residual, every = _autocast(x, residual, every)
     _check(x, every)
     x = to_channels_last(x)
-    static = _Static(
-        geometry=[la.geometry for la in every],
-        eps=[la.eps for la in every],
-        relu=[la.relu for la in every],
-        batch_stats=[la.batch_stats for la in every],
-        group=[la.group if la.batch_stats else None for la in every],
-        projection=projection is not None,
-        identity=identity,
-        pool=pool,
-    )
+    static = _static(every, projection is not None, identity, pool)
     tensors = [t for layer in every for t in layer_tensors(layer)]
     if not torch.compiler.is_compiling():
         static = static._replace(running=every)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *tensors)):
-        z, *statistics = _Block.apply(static, x, residual, *tensors)
+        z, *statistics = Block.apply(static, x, residual, *tensors)
         if static.running is not None:
             return z
     else:
-        z, _, _, statistics = _forward_block(static, x, residual, tensors, False)
-    _update_running(every, statistics, empty=x.numel() == 0)
+        z, _, _, statistics = forward_block(static, x, residual, tensors, False)
+    update_running(every, statistics, empty=x.numel() == 0)
     return z
+
+
+class Prepared(NamedTuple):
+    """A block in training, as far as x does not matter: what ``residual_block`` makes of its layers at each call."""
+
+    static: Static
+    tensors: list[Tensor | None]
+    weights: list[Tensor]
+    vectors: list[Tensor]  # those of the tensors that must be float32
+    groups: int  # of the first layer
+
+
+def prepare(layers: Sequence[ConvBn], projection: ConvBn | None, identity: bool, pool: bool) -> Prepared | None:
+    """For :func:`run_prepared`; None where something depends on more than these tensors' being the same."""
+    every = [*layers, projection] if projection is not None else list(layers)
+    vectors = [v for la in every for v in (la.gamma, la.beta) if v is not None]
+    if not all(la.batch_stats and la.bias is None and la.group is None and max(la.dilation) == 1 for la in every):
+        return None
+    static = _static(every, projection is not None, identity, pool)._replace(running=every)
+    momenta = {la.momentum for la in every}
+    buffers = [b for la in every for b in (la.running_mean, la.running_var)]
+    counters = [la.num_batches_tracked for la in every]
+    if len(momenta) == 1 and None not in momenta and not any(t is None for t in (*buffers, *counters)):
+        static = static._replace(moves=Moves(buffers, momenta.pop(), counters))  # type: ignore[arg-type]
+    tensors = [t for la in every for t in (la.weight, la.gamma, la.beta, None, None)]
+    weights = [la.weight for la in every]
+    return Prepared(static, tensors, weights, vectors, every[0].groups)
+
+
+def run_prepared(x: Tensor, prepared: Prepared) -> Tensor | None:
+    """``residual_block`` without a residual, outside of autocast, where autograd records; None where it is to be asked.
+
+    x and the weights have been checked: 4-d, one dtype below float64, one device.
+    """
+    for v in prepared.vectors:
+        if v.dtype is not torch.float32:
+            return None
+    try:
+        return Block.apply(prepared.static, to_channels_last(x), None, *prepared.tensors)[0]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None  # it says what is wrong with the arguments
 
 
 def conv_bn_act(x: Tensor, layer: ConvBn) -> Tensor:
@@ -704,35 +278,9 @@ def conv_bn_act(x: Tensor, layer: ConvBn) -> Tensor:
     return residual_block(x, [layer])
 
 
-class _AddRelu(torch.autograd.Function):
-    """z = relu(x + residual); one bit per value is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor) -> Tensor:
-        z, mask = ops.affine_act_mask(x, *_unit(x), residual)
-        ctx.backend = forced_backend()
-        ctx.save_for_backward(mask)
-        return z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,) = ctx.saved_tensors
-        dz = to_channels_last(dz)
-        with use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():
-            g = ops.affine_act_backward(dz, mask, dz, _unit(dz)[1])[0]  # its sums are of no use here
-        return tuple(g if needed else None for needed in ctx.needs_input_grad)
-
-
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """scale 1 and shift 0 for every channel of ``x``."""
-    zero = torch.zeros(x.shape[1], dtype=ops.stats_dtype(x.dtype), device=x.device)
-    return zero + 1, zero
-
-
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     """z = relu(x + residual), (N, K, P, Q) of one shape, dtype and device; differentiable once, channels-last."""
     x, residual = to_channels_last(x), to_channels_last(residual)
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
-        return _AddRelu.apply(x, residual)
-    return ops.affine_act(x, *_unit(x), residual)
+        return AddRelu.apply(x, residual)
+    return ops.affine_act(x, *unit(x), residual)

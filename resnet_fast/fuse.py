@@ -1,237 +1,22 @@
-"""fuse(), unfuse(), fused(), explain(), register_block(): swapping the forward of blocks in existing models.
-
-A block is swapped by assigning ``block.__class__`` a generated subclass of its own class. Keys, Parameter identity,
-hooks on the block, ``isinstance``, train/eval and ``.to()`` are untouched, for the object is the same; pickles and
-deepcopies name the original class. The generated forward asks the plan's guards at every call and runs the original
-forward where one fails.
-"""
+"""fuse(), unfuse(), fused(), explain(), register_block(): which modules of a model are swapped, and why not others."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import copyreg
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import adapters, dispatch, schedule
-from .folding import FoldCache, Program
+from . import adapters, dispatch, norm_act, schedule
 from .guards import why_not_now
-from .plan import BlockPlan, HostPlan, Join, Opaque, Refusal, find
-from .running import Handed, narrow, program, run, run_join, run_unfused, stage_situation
+from .plan import BlockPlan, HostPlan, Join, NormAct, Opaque, find
+from .swap import KEY, STAGE, FuseError, State, attach, attach_stages, detach, original_class, parts, state_of
 
 __all__ = ["Explanation", "FuseError", "Row", "explain", "fuse", "fused", "register_block", "unfuse"]
 
 M = TypeVar("M", bound=nn.Module)
-
-#: Where a fused module keeps what is ours, in its ``__dict__``. Never in a pickle.
-_KEY = "_resnet_fast"
-
-
-class FuseError(RuntimeError):
-    """fuse(strict=True) met a block that it cannot fuse whole; the message names each one and why."""
-
-
-class _State:
-    """What a fused module carries: its plan, its backend, and the folded weights of each part."""
-
-    def __init__(self, plan: BlockPlan | HostPlan, backend: str | None) -> None:
-        self.plan, self.backend = plan, backend
-        self.caches = [FoldCache() for _ in _parts(plan)]
-        self.refusal: str | None = None  # why the last call ran the original forward, for explain()
-        self.program: Program | None = None  # of a stage
-
-
-def _parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan | Join, ...]:
-    return plan.parts if isinstance(plan, HostPlan) else (plan,)
-
-
-def _forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The replaced method of every fused module: the plan's forward, or the original's where a guard fails."""
-    if torch.compiler.is_compiling():  # the compiler fuses in its own way, and wants the original to read
-        method = _method(self.__dict__[_KEY].plan)
-        return getattr(type(self)._resnet_fast_original, method)(self, x, *args, **kwargs)
-    state: _State = self.__dict__[_KEY]
-    plan = state.plan
-    refusal = None
-    handed = _taken(x)
-    try:
-        if args or kwargs:
-            raise Refusal("called with further arguments")
-        if isinstance(plan, BlockPlan):
-            z, on = run(self, plan, x, state.caches[0], state.backend, handed)
-            if handed.inside:
-                setattr(z, _HANDED, on)
-            return z
-
-        def part(i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-            nonlocal refusal
-            what = plan.parts[i]
-            try:
-                if isinstance(what, Join):
-                    return run_join(self, what, x, residual, state.backend)
-                return run(self, what, x, state.caches[i], state.backend, residual=residual)[0]
-            except Refusal as error:
-                refusal = str(error)
-            return run_unfused(self, what, x, residual)
-
-        return plan.forward(self, x, part)
-    except Refusal as error:
-        refusal = str(error)
-    finally:
-        if state.refusal != refusal:
-            state.refusal = refusal
-    original = type(self)._resnet_fast_original
-    return getattr(original, _method(plan))(self, narrow(x, handed), *args, **kwargs)
-
-
-def _method(plan: BlockPlan | HostPlan) -> str:
-    return plan.method if isinstance(plan, HostPlan) else "forward"
-
-
-def _reduce_ex(self: Any, protocol: Any) -> Any:
-    """Pickle as the original: its class, and its state without ours."""
-    with _as_original(self):
-        value = self.__reduce_ex__(protocol)
-    # __reduce_ex__ hands out self.__dict__ itself, into which ours has returned by now.
-    if len(value) > 2 and isinstance(value[2], dict):
-        state = {k: v for k, v in value[2].items() if k != _KEY}
-        value = (*value[:2], state, *value[3:])
-    if value[0] is copyreg.__newobj__ and len(value[1]) == 1:  # type: ignore[attr-defined]
-        # The pickler insists that __newobj__ makes an instance of the object's own class; protocol 0's maker does not.
-        value = (copyreg._reconstructor, (value[1][0], object, None), *value[2:])  # type: ignore[attr-defined]
-    return value
-
-
-def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a fused module is fused: the original's copy, attached to the same plan."""
-    with _as_original(self):
-        twin = copy.deepcopy(self, memo)
-    state: _State = self.__dict__[_KEY]
-    _attach(twin, state.plan, state.backend)
-    return twin
-
-
-def _no_scripting(self: Any) -> Any:
-    """torch.jit.script asks here what to compile; it would read the text of ``_forward``."""
-    raise FuseError(
-        "torch.jit.script: found a fused model, supported is its original. Remedy: resnet_fast.unfuse(model), script "
-        "it, then resnet_fast.fuse(model) again"
-    )
-
-
-@contextlib.contextmanager
-def _as_original(module: Any) -> Iterator[None]:
-    """``module`` as its original class, for a moment: calls in other threads run the original forward meanwhile."""
-    state, kind = module.__dict__.pop(_KEY), type(module)
-    module.__class__ = kind._resnet_fast_original
-    try:
-        yield
-    finally:
-        module.__class__ = kind
-        module.__dict__[_KEY] = state
-
-
-@functools.cache
-def _fused_class(original: type[nn.Module], method: str) -> type[nn.Module]:
-    """The generated subclass, one per class: every block of a kind stays of one type."""
-    body = {
-        "__module__": original.__module__,
-        "__qualname__": f"Fused{original.__qualname__}",
-        "__doc__": f"{original.__name__}, with its {method} fused by resnet_fast.",
-        "__reduce_ex__": _reduce_ex,
-        "__deepcopy__": _deepcopy,
-        "__prepare_scriptable__": _no_scripting,
-        "_resnet_fast_original": original,
-        method: _forward,
-    }
-    return type(f"Fused{original.__name__}", (original,), body)
-
-
-def _attach(module: Any, plan: BlockPlan | HostPlan, backend: str | None) -> None:
-    module.__dict__[_KEY] = _State(plan, backend)
-    module.__class__ = _fused_class(type(module), _method(plan))  # type: ignore[arg-type]
-
-
-def _detach(module: Any) -> None:
-    module.__class__ = type(module)._resnet_fast_original
-    del module.__dict__[_KEY]
-
-
-def _state(module: nn.Module) -> _State | None:
-    return module.__dict__.get(_KEY)
-
-
-# ---- stages -----------------------------------------------------------------------------------------------------
-
-
-#: The attribute of a tensor under which a stage and its blocks tell each other what they know of it.
-_HANDED = "_resnet_fast_handed"
-_NOTHING = Handed()
-
-
-def _taken(x: Any) -> Handed:
-    """What was handed on with ``x``. It is taken off: it holds for one call."""
-    return vars(x).pop(_HANDED, _NOTHING) if type(x) is Tensor else _NOTHING  # at once: threads may share x
-
-
-def _hands_on(block: Any) -> bool:
-    """Nothing but the stage can hold what this block returns, or is called with."""
-    hooks = block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
-    return _state(block) is not None and not hooks and "forward" not in block.__dict__
-
-
-def _forward_stage(stage: Any, x: Any, part: Any) -> Any:
-    """nn.Sequential.forward, in which a block's output, once the next block has it, is that block's to overwrite.
-
-    In inference on folded weights, from the second call on, the blocks run as one program.
-    """
-    state: _State = stage.__dict__[_KEY]
-    situation = stage_situation(stage, x)
-    if state.program is not None and situation is not None and _HANDED not in vars(x):
-        if state.program.holds(situation):
-            z = state.program(x)
-            if z is not None:
-                return z
-        else:
-            state.program = None
-    blocks = list(stage)
-    first = x
-    tight = [_hands_on(block) for block in blocks] + [False]
-    for i, block in enumerate(blocks):
-        handed = _taken(x)
-        if not tight[i]:
-            x = narrow(x, handed)
-        elif type(x) is Tensor:
-            setattr(x, _HANDED, handed._replace(disposable=i > 0 and tight[i - 1], inside=tight[i + 1]))
-        x = block(x)
-    if state.program is None and situation is not None and all(tight[:-1]):
-        states: list[_State] = [block.__dict__[_KEY] for block in blocks]
-        if all(s.refusal is None and s.backend is None for s in states):
-            plans: Any = [s.plan for s in states]
-            state.program = program(stage, plans, [s.caches[0] for s in states], first)
-    return x
-
-
-#: A Sequential of fused blocks. In inference, where the shortcut is the identity, z is written over x: that saves
-#: memory traffic and, for large outputs, the operating system's work of mapping new pages.
-_STAGE = HostPlan("stage", (), "forward", _forward_stage)
-
-
-def _attach_stages(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module).forward is not nn.Sequential.forward or len(module._modules) < 2:
-            continue
-        states = [_state(child) for child in module.children()]
-        if all(state is not None and isinstance(state.plan, BlockPlan) for state in states):
-            _attach(module, _STAGE, None)
-
-
-# ---- what there is to fuse --------------------------------------------------------------------------------------
 
 
 class _Candidate(NamedTuple):
@@ -242,11 +27,7 @@ class _Candidate(NamedTuple):
     reason: str  # why not, where there is no plan
 
 
-def _original_class(module: nn.Module) -> type[nn.Module]:
-    return getattr(type(module), "_resnet_fast_original", type(module))
-
-
-def _ids(module: nn.Module, plan: BlockPlan | Join) -> Iterator[int]:
+def _ids(module: nn.Module, plan: BlockPlan | Join | NormAct) -> Iterator[int]:
     """The submodules that a plan takes over, and the containers on the way to them."""
     for path in plan.paths:
         names = path.split(".")
@@ -263,17 +44,17 @@ def _candidates(model: nn.Module, generic: bool = False, why: bool = False) -> I
     for name, module in model.named_modules():
         if id(module) in covered:
             continue
-        state = _state(module)
-        verdict = state.plan if state else adapters.look(module, _original_class(module))
+        state = state_of(module)
+        verdict = state.plan if state else adapters.look(module, original_class(module))
         if generic and verdict is None and not isinstance(found := adapters.trace(module), str):
             verdict = found
-        if verdict is None or verdict is _STAGE:
+        if verdict is None or verdict is STAGE:
             continue
         if isinstance(verdict, adapters.Unfit):
             covered.update(map(id, module.modules()) if verdict.alone else ())
             yield _Candidate(name, module, None, verdict.kind, verdict.reason)
             continue
-        for plan in _parts(verdict):
+        for plan in parts(verdict):
             covered.update(_ids(module, plan))
         yield _Candidate(name, module, verdict, verdict.kind, "")
     traced: dict[str, Any] = {}
@@ -296,11 +77,11 @@ def _unknown(model: nn.Module, name: str, traced: dict[str, Any]) -> str:
         around = around.rpartition(".")[0]
     module = find(model, around) if around else model
     if around not in traced:
-        traced[around] = None if _state(module) else adapters.trace(module)
+        traced[around] = None if state_of(module) else adapters.trace(module)
     found = traced[around]
     if isinstance(found, str):
         return f"{_UNKNOWN}; {around or 'the model'} {found}"
-    if found is not None and id(find(model, name)) in {i for part in _parts(found) for i in _ids(module, part)}:
+    if found is not None and id(find(model, name)) in {i for part in parts(found) for i in _ids(module, part)}:
         return f"{_UNKNOWN}; fuse(model, generic=True) fuses it"
     return f"{_UNKNOWN}; no convolution and batch norm follow each other here"
 
@@ -328,7 +109,7 @@ def fuse(
         strict: raise :class:`FuseError`, and leave the model as it was, if a block cannot be fused whole.
         generic: also look into modules that no adapter knows: their forwards are traced by torch.fx, and every run of
             convolution, batch norm and ReLU, with the sum behind it, is fused where it stands. What cannot be traced
-            (branches on tensors, isinstance, several inputs) stays as it is. Tracing replaces nn.Module.__call__ for
+            (branches on tensors, isinstance) stays as it is. Tracing replaces nn.Module.__call__ for
             a moment: no other thread should run a model meanwhile.
 
     Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,
@@ -348,12 +129,12 @@ def fuse(
     for candidate in chosen:
         if candidate.plan is None:
             continue
-        state = _state(candidate.module)
+        state = state_of(candidate.module)
         if state is None:
-            _attach(candidate.module, candidate.plan, backend)
+            attach(candidate.module, candidate.plan, backend)
         elif state.backend != backend:
-            candidate.module.__dict__[_KEY] = _State(candidate.plan, backend)  # a new one: a stage's program sees it
-    _attach_stages(model)
+            candidate.module.__dict__[KEY] = State(candidate.plan, backend)  # a new one: a stage's program sees it
+    attach_stages(model)
     return model
 
 
@@ -361,8 +142,8 @@ def unfuse(model: M) -> M:
     """Undo :func:`fuse`, in place: every module has its original class and forward again. Returns the model."""
     _check_model(model)
     for module in model.modules():
-        if _state(module) is not None:
-            _detach(module)
+        if state_of(module) is not None:
+            detach(module)
     return model
 
 
@@ -370,14 +151,14 @@ def unfuse(model: M) -> M:
 def fused(model: M, **options: Any) -> Iterator[M]:
     """``with fused(model): ...``: fused inside (options as for :func:`fuse`), and afterwards just as it was before."""
     _check_model(model)
-    before = {id(m) for m in model.modules() if _state(m) is not None}
+    before = {id(m) for m in model.modules() if state_of(m) is not None}
     fuse(model, **options)
     try:
         yield model
     finally:
         for module in model.modules():
-            if _state(module) is not None and id(module) not in before:
-                _detach(module)
+            if state_of(module) is not None and id(module) not in before:
+                detach(module)
 
 
 def register_block(cls: type[nn.Module], adapter: Callable[[Any], BlockPlan | str | None]) -> None:
@@ -423,6 +204,9 @@ class Explanation(list[Row]):
         counts = {s: sum(row.status == s for row in self) for s in ("fused", "partly", "not")}
         head = "fused" if self.swapped else "would be fused (call fuse(model))"
         title = f"{counts['fused']} {head}, {counts['partly']} partly, {counts['not']} not"
+        lost = sum(any(s.direction == "block" and s.runs == "original" for s in row.steps) for row in self)
+        if lost:  # in inference they run fused
+            title += f"; in training at this size {lost} run as they were, which is faster"
         if not self:
             return "nothing to fuse: no convolution, batch norm or block that an adapter knows"
         head_line, *lines = _aligned(
@@ -441,15 +225,15 @@ def _row(candidate: _Candidate) -> Row:
     name, module, plan, kind, reason = candidate
     if plan is None:
         return Row(name, kind, "not", reason, not isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)))
-    for part in _parts(plan):
-        refusal = why_not_now(module, part)
+    for part in parts(plan):
+        refusal = norm_act.refusal(module, part) if isinstance(part, NormAct) else why_not_now(module, part)
         if refusal is not None:
             return Row(name, kind, "not", refusal, True)
-    state = _state(module)
+    state = state_of(module)
     if state is not None and state.refusal is not None:
         return Row(name, kind, "not", f"last call ran the original forward: {state.refusal}", True)
-    partly = any(isinstance(part, BlockPlan) and isinstance(part.shortcut, Opaque) for part in _parts(plan))
-    what = "; ".join(part.what for part in _parts(plan))
+    partly = any(isinstance(part, BlockPlan) and isinstance(part.shortcut, Opaque) for part in parts(plan))
+    what = "; ".join(part.what for part in parts(plan))
     if isinstance(plan, HostPlan) and plan.left:
         partly, what = True, f"{what}; as it is: {plan.left}"
     return Row(name, kind, "partly" if partly else "fused", what, True)
@@ -458,7 +242,7 @@ def _row(candidate: _Candidate) -> Row:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A forward inside leaves no word of itself: what the last call did, for explain(), is what it was before."""
-    states = [(state, state.refusal) for m in model.modules() if (state := _state(m)) is not None]
+    states = [(state, state.refusal) for m in model.modules() if (state := state_of(m)) is not None]
     try:
         yield
     finally:
@@ -469,8 +253,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, BlockPlan, str | None]]:
     """Every block and chain that is fused, or would be: its name, module, plan, and the backend it is pinned to."""
     for name, module, plan, _, _ in _candidates(model):
-        state = _state(module)
-        for part in _parts(plan) if plan is not None else ():
+        state = state_of(module)
+        for part in parts(plan) if plan is not None else ():
             if isinstance(part, BlockPlan):
                 yield name, module, part, state.backend if state else None
 
@@ -520,16 +304,16 @@ def explain(
         with undisturbed(model):
             seen = schedule.inputs(model, input_shape, dtype)
     answer = Explanation()
-    answer.swapped = any(_state(m) is not None for m in model.modules())
+    answer.swapped = any(state_of(m) is not None for m in model.modules())
     for candidate in _candidates(model, why=True):
         row = _row(candidate)
-        if answer.swapped and candidate.plan is not None and _state(candidate.module) is None:
+        if answer.swapped and candidate.plan is not None and state_of(candidate.module) is None:
             row = row._replace(status="not", reason="left alone by fuse() (filter_fn, or added later)")
-        state = _state(candidate.module)
+        state = state_of(candidate.module)
         if seen and candidate.plan is not None and (state is not None or not answer.swapped):
             pinned = state.backend if state else None
-            parts = [part for part in _parts(candidate.plan) if isinstance(part, BlockPlan)]
-            found = [schedule.steps(candidate.module, part, seen, pinned, where) for part in parts]
+            blocks_of = [part for part in parts(candidate.plan) if isinstance(part, BlockPlan)]
+            found = [schedule.steps(candidate.module, part, seen, pinned, where) for part in blocks_of]
             row = row._replace(steps=tuple(step for steps in found for step in steps))
         answer.append(row)
     return answer

@@ -35,6 +35,7 @@ __all__ = [
     "collect",
     "faster_unfused",
     "global_hook",
+    "is_usual",
     "look",
     "multiply_adds",
     "needs_grad",
@@ -250,6 +251,7 @@ class Seen(NamedTuple):
     key: tuple[Any, ...]
     found: tuple[list[f.ConvBn], f.ConvBn | None]
     macs: float | None
+    prepared: f.Prepared | None  # for training; None where every call must look for itself
 
 
 def look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> Seen:
@@ -262,7 +264,12 @@ def look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> Seen:
     cache.seen = None
     watch = Watch(module, plan.paths + plan.idle)  # first: what changes meanwhile is seen the next time
     found = collect(module, plan)
-    seen = cache.seen = Seen(watch, key, found, multiply_adds(module, plan, *found))
+    pool, known = pool_of(module, plan)
+    alone = plan.shortcut in (None, "identity") or isinstance(plan.shortcut, ConvBnPath)
+    prepared = None
+    if alone and (pool is None or (known and found[0][-1].relu)):
+        prepared = f.prepare(*found, identity=plan.shortcut == "identity", pool=pool is not None)
+    seen = cache.seen = Seen(watch, key, found, multiply_adds(module, plan, *found), prepared)
     return seen
 
 
@@ -326,6 +333,18 @@ def check_input(x: Any, layers: list[f.ConvBn], dtype: torch.dtype | None) -> No
             raise Refusal(f"a weight is {layer.weight.dtype}, supported are float32, bfloat16, float16")
 
 
+def is_usual(x: Any, prepared: f.Prepared) -> bool:
+    """What ``check_input`` accepts without autocast, for the most frequent case and in a fraction of its time."""
+    if type(x) is not Tensor or x.dim() != 4 or not (x.is_cpu or x.is_cuda) or x.dtype not in DTYPES:
+        return False
+    device, dtype = x.get_device(), x.dtype
+    for w in prepared.weights:
+        if w.dtype is not dtype or w.get_device() != device or type(w) is not nn.Parameter:
+            return False
+    channels = prepared.weights[0].shape[1] * prepared.groups
+    return x.shape[1] == channels and x.numel() > 0 and not torch.is_autocast_enabled("cpu" if device < 0 else "cuda")
+
+
 def check_given(residual: Any, x: Tensor, layers: list[f.ConvBn]) -> None:
     """Refuse a residual from elsewhere that torch's rules of broadcasting would have to judge."""
     n, k = x.shape[0], layers[-1].weight.shape[0]
@@ -350,7 +369,10 @@ def needs_grad(x: Tensor, residual: Tensor | None, layers: list[f.ConvBn]) -> bo
     """Whether autograd records the block."""
     if not torch.is_grad_enabled():
         return False
-    tensors = (x, residual, *(t for la in layers for t in (la.weight, la.gamma, la.beta, la.bias)))
+    for la in layers:  # the first one answers, as a rule
+        if la.weight.requires_grad:
+            return True
+    tensors = (x, residual, *(t for la in layers for t in (la.gamma, la.beta, la.bias)))
     return any(t is not None and t.requires_grad for t in tensors)
 
 

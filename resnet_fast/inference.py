@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import dispatch, ops, tables
 from . import functional as f
+from .autograd import ConvBn, layer_tensors, scale_shift
 from .dispatch import choose, forced_backend, hook, use_backend
-from .functional import ConvBn
 from .tables import Candidate, Row, Signature
 
 __all__ = [
@@ -100,11 +100,11 @@ _BLOCK, _STEM, _LIBRARY, _UNFUSED = Way("bottleneck"), Way("stem"), Way("library
 
 def affines(layers: Sequence[ConvBn]) -> list[tuple[Tensor, Tensor]]:
     """(scale, shift) of every layer by its running statistics, (K,) each; a convolution's bias is in shift."""
-    tensors = [f.layer_tensors(layer) for layer in layers]
+    tensors = [layer_tensors(layer) for layer in layers]
     _, gammas, betas, means, variances = zip(*tensors, strict=True)
     if any(t is None for vectors in (gammas, betas) for t in vectors):
         return [
-            f.scale_shift(mean, var, gamma, beta, layer.eps)[1:]
+            scale_shift(mean, var, gamma, beta, layer.eps)[1:]
             for layer, gamma, beta, mean, var in zip(layers, gammas, betas, means, variances, strict=True)
         ]
     scales = torch._foreach_add(list(variances), [layer.eps for layer in layers])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ __all__ = [
     "HostPlan",
     "Join",
     "Norm",
+    "NormAct",
     "Opaque",
     "Part",
     "Refusal",
@@ -170,8 +171,39 @@ class Join:
         return "sum + relu"
 
 
-#: ``part(i, x)`` or, where the part's shortcut is "given" and for a :class:`Join`, ``part(i, x, residual)``.
-Part = Callable[..., Tensor]
+@dataclasses.dataclass(frozen=True)
+class NormAct:
+    """A batch norm and its ReLU without a convolution before them; ``bn`` and ``act`` as in :class:`ConvBnPath`."""
+
+    bn: str
+    act: str | bool
+
+    @property
+    def has_inner_act(self) -> bool:
+        """The activation is the norm's own submodule, as in timm's BatchNormAct2d."""
+        return isinstance(self.act, str) and self.act.startswith(f"{self.bn}.")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every submodule that the fused forward takes over."""
+        return (self.bn, self.act) if isinstance(self.act, str) else (self.bn,)
+
+    @property
+    def what(self) -> str:
+        """The pair in a few words, for explain()."""
+        return f"{self.bn} + relu"
+
+
+class Part(Protocol):
+    """What the text of a :class:`HostPlan` calls."""
+
+    def __call__(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Part ``i`` of ``x``; ``residual``: where its shortcut is "given", and for a :class:`Join`."""
+
+    def chain(self, i: int, x: Tensor, *modules: Any) -> Any:
+        """``modules[-1](... modules[0](part(i, x)))``, where the text does nothing else with what is in between."""
+
+
 Check = Callable[[nn.Module], None]
 
 
@@ -185,16 +217,19 @@ class HostPlan:
         kind: the word for it in explain().
         parts: what is fused.
         method: the method of the module that is replaced.
-        forward: ``forward(module, x, part)``: that method's text, with ``part(i, x)`` in place of ``parts[i]``. May
-            raise Refusal before anything else, if the module is no longer what it was planned for.
+        forward: ``forward(module, x, part)``: that method's text, with ``part(i, x)`` in place of ``parts[i]``, or
+            ``part.chain(i, x, ...)`` where other modules follow it at once. May raise Refusal before anything else, if
+            the module is no longer what it was planned for.
+        further: ``forward(module, x, part, ...)`` also takes what the method is called with behind x.
         left: what of a block runs as it is, in words, for explain().
     """
 
     kind: str
-    parts: tuple[BlockPlan | Join, ...]
+    parts: tuple[BlockPlan | Join | NormAct, ...]
     method: str
-    forward: Callable[[Any, Tensor, Part], Any]
+    forward: Callable[..., Any]
     left: str = ""
+    further: bool = False
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional as f
+from . import switches
 from .dispatch import forced_backend, measured_blocks, use_backend
 from .folding import FoldCache, Folded, Program, arithmetic, cast, folded_block
 from .guards import (
@@ -21,6 +22,7 @@ from .guards import (
     check_summand,
     faster_unfused,
     global_hook,
+    is_usual,
     look,
     needs_grad,
     pool_of,
@@ -38,13 +40,16 @@ __all__ = [
     "program",
     "run",
     "run_join",
+    "run_program",
     "run_unfused",
     "stage_situation",
 ]
 
 
 class Handed(NamedTuple):
-    """What goes along with a tensor from block to block inside a stage, where nobody else can hold it.
+    """What goes along with a tensor from block to block inside a stage, and from stage to stage inside a host's text.
+
+    Nobody else can hold it there, so nobody can have written to it, counted or not.
 
     ``disposable``: the block may write over its input. ``inside``: the output, too, goes to a block of the stage alone,
     so it may stay in the dtype in which it was computed. ``dtype``: what the tensor stands for then. ``bound``: max|x|.
@@ -112,13 +117,20 @@ def _run(
         seen = look(module, plan, cache)
         layers, projection = seen.found
         every = [*layers, projection] if projection else layers
-        check_input(x, every, handed.dtype)
+        usual = seen.prepared is not None and handed.dtype is None and is_usual(x, seen.prepared)
+        if not usual:
+            check_input(x, every, handed.dtype)
         if needs_grad(x, None, every):
-            pooled = pools(module, plan, layers)
-            signature = block_signature(x, layers, projection, plan, pooled) if measured_blocks(x.device) else None
+            signature = None
+            if measured_blocks(x.device):
+                signature = block_signature(x, layers, projection, plan, pools(module, plan, layers))
             reason = faster_unfused(x, signature, seen.macs)
             if reason is not None:
                 raise Refusal(reason)
+            if usual:
+                z = f.run_prepared(x, seen.prepared)  # type: ignore[arg-type]
+                if z is not None:
+                    return z, _OUTSIDE
     if isinstance(plan.shortcut, Opaque):
         x, handed = narrow(x, handed), handed._replace(dtype=None)
         residual = find(module, plan.shortcut.path)(x)
@@ -137,11 +149,12 @@ def _run(
         answer = _run_folded(plan, x, folded, residual, handed)
         if answer is not None:
             z, bound = answer
-            pool, _ = pool_of(module, plan)
+            pool, known = pool_of(module, plan)
             if pool is not None:
                 z = pool(z)
             if handed.inside:
-                return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
+                keeps = pool is None or known  # a maximum is no larger than what it is of
+                return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound if keeps else None)
             return cast(z, dtype), _OUTSIDE
         layers, projection = look(module, plan, cache).found
         if plan.shortcut == "given":
@@ -156,12 +169,15 @@ def _run(
     return z if pool is None or known else pool(z), _OUTSIDE
 
 
-def program(stage: nn.Module, plans: list[BlockPlan], caches: list[FoldCache], x: Tensor) -> Program | None:
-    """The blocks of ``stage``, which have just run on ``x`` with nothing known of it, as one program; None where one of
-    them did not run folded, or must be called for its shortcut.
+def program(
+    stage: nn.Module, plans: list[BlockPlan], caches: list[FoldCache], situation: tuple[Any, ...]
+) -> Program | None:
+    """The blocks of ``stage``, which have just run in ``situation``, as one program; None where one of them did not run
+    folded, or must be called for its shortcut.
     """
-    situation = stage_situation(stage, x)
-    if situation is None or any(isinstance(plan.shortcut, Opaque) or plan.pool for plan in plans):
+    if not switches.on("programs"):
+        return None
+    if any(isinstance(plan.shortcut, Opaque) or plan.pool for plan in plans):
         return None
     if not all(cache.is_folded for cache in caches):
         return None
@@ -175,11 +191,25 @@ def program(stage: nn.Module, plans: list[BlockPlan], caches: list[FoldCache], x
     return Program(blocks, situation, Watch(stage, paths))
 
 
-def stage_situation(stage: nn.Module, x: Any) -> tuple[Any, ...] | None:
+def stage_situation(stage: nn.Module, x: Any, handed: Handed) -> tuple[Any, ...] | None:
     """``_situation`` of a whole stage; None where it must not run as a program."""
     if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or transformed() or global_hook():
         return None
-    return _situation(stage, x, _OUTSIDE)
+    return _situation(stage, x, handed)
+
+
+def run_program(program: Program, x: Tensor, handed: Handed) -> tuple[Tensor, Handed] | None:
+    """A stage as a program that holds, and what to hand on with z; None where its blocks must run one by one."""
+    answer = program(x, handed.bound)
+    if answer is None:
+        return None
+    z, bound = answer
+    kind, dtype = x.device.type, handed.dtype or x.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    if handed.inside:
+        return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound)
+    return cast(z, dtype), _OUTSIDE
 
 
 def _situation(module: nn.Module, x: Tensor, handed: Handed) -> tuple[Any, ...]:

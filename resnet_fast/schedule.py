@@ -1,7 +1,7 @@
 """What a fused block runs at one input size: every convolution, forward and backward, and what says which way.
 
 Nothing is computed: the model, and then each block's own function, runs on fake tensors, which have sizes and no
-values. So this cannot differ from what functional.py does, and a model that is asked about stays as it is.
+values. So this cannot differ from what autograd.py does, and a model that is asked about stays as it is.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def apart(call: Call) -> Call:
     names = OPS["conv_backward"].signature.parameters
     arguments = {name: p.default for name, p in names.items()} | {"needs_x": True}
     arguments |= {name: value for name, value in call.arguments.items() if name in names}
-    if not arguments["needs_w"]:  # as functional.py has it: then x is looked at for its size alone
+    if not arguments["needs_w"]:  # as autograd.py has it: then x is looked at for its size alone
         arguments |= {"scale": None, "shift": None}
     return Call("conv_backward", call.layer, SIGNATURES["conv_backward"](**arguments), arguments)
 

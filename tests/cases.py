@@ -188,6 +188,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "lazy": ("scale", "shift", "y", "mean", "a", "b", "c"),
         "masked": ("scale", "shift", "y", "mean", "a", "b", "c", "gscale", "gshift"),
         "residual": ("y", "mean", "a", "b", "c", "residual"),
+        "masked_residual": ("y", "mean", "a", "b", "c", "gscale", "gshift", "residual"),
     },
     "conv_backward_sums": {"lazy": ("y", "mean", "a", "b", "c"), "plain": ()},
     "conv_affine_act": {

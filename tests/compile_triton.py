@@ -33,10 +33,12 @@ SHAPES = {
     "masked": (Case("masked", 1, 64, 14, 14, 70, 1, 1, 0), DTYPES),
     "single": (Case("single", 1, 64, 14, 14, 1, 1, 1, 0), (torch.float16,)),
 }
-#: Convolutions: one shape for every row of their tables of tiles, and one with channels off every block.
+#: Convolutions: one shape for every row of their tables of tiles and every kind of layer in ResNets, which differ in
+#: filter, stride, and whether channels fit into a narrow tile (64); and one with channels off every block.
 CONV_SHAPES = {
     "1x1": (Case("1x1", 1, 256, 14, 14, 64, 1, 1, 0), DTYPES),
     "1x1_expand": (Case("1x1_expand", 1, 64, 14, 14, 256, 1, 1, 0), (torch.bfloat16,)),
+    "1x1_first": (Case("1x1_first", 1, 64, 14, 14, 64, 1, 1, 0), (torch.bfloat16,)),
     "1x1_2": (Case("1x1_2", 1, 256, 14, 14, 512, 1, 2, 0), (torch.bfloat16,)),
     "3x3": (Case("3x3", 1, 64, 14, 14, 64, 3, 1, 1), (torch.bfloat16,)),
     "3x3_2": (Case("3x3_2", 1, 128, 14, 14, 128, 3, 2, 1), DTYPES),
@@ -120,8 +122,7 @@ def instances(ops: Iterable[str], only: Iterable[str] = (), ieee: bool = False) 
 
 def instances_of_ways(ops: Iterable[str], only: Iterable[str], arch: int) -> Iterator[Instance]:
     """Every distinct launch of convolutions in bfloat16 as a table may choose it on sm_``arch``."""
-    from resnet_fast.backends.triton import conv, conv_common, conv_descriptor, conv_pointwise, conv_ways
-    from resnet_fast.backends.triton.common import recorded
+    from resnet_fast.backends.triton import conv_common, conv_descriptor, conv_pointwise
 
     for module in (conv_common, conv_descriptor, conv_pointwise):
         module.hopper = lambda device: arch >= 90  # type: ignore[attr-defined]
@@ -132,17 +133,31 @@ def instances_of_ways(ops: Iterable[str], only: Iterable[str], arch: int) -> Ite
                 if shape not in (only or CONV_SHAPES) or shape == "odd":
                     continue
                 kwargs = inputs(op, case, torch.bfloat16, variant=variant)
-                starts, axes = conv_ways.configurations(op, **kwargs)
-                ways = [*starts, *({**starts[0], axis: option} for axis, options in axes.items() for option in options)]
-                for way in ways:
-                    with recorded() as launches:
-                        conv.configured(op, way)(**kwargs)
-                    for launch in launches:
-                        instance = Instance(op, shape, torch.bfloat16, launch)
-                        kind = launch.kernel.fn.__name__
-                        if kind.startswith("conv_") and "finish" not in kind and instance.key not in seen:
-                            seen.add(instance.key)
-                            yield instance
+                calls = [kwargs]
+                if "residual" in kwargs:  # as the first block's first convolution: a kernel of both gradients by itself
+                    calls.append({name: value for name, value in kwargs.items() if name != "residual"})
+                for launch in (launch for call in calls for launch in launches_of_ways(op, call)):
+                    instance = Instance(op, shape, torch.bfloat16, launch)
+                    kind = launch.kernel.fn.__name__
+                    if kind.startswith("conv_") and "finish" not in kind and instance.key not in seen:
+                        seen.add(instance.key)
+                        yield instance
+
+
+def launches_of_ways(op: str, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """What is launched by every way to begin with, and by every option of every direction beside the usual ones.
+
+    And beside written ones: a gradient that is written for one direction is so for the other.
+    """
+    from resnet_fast.backends.triton import conv, conv_ways
+    from resnet_fast.backends.triton.common import recorded
+
+    starts, axes = conv_ways.configurations(op, **kwargs)
+    beside = [{**base, axis: option} for base in starts[:2] for axis, options in axes.items() for option in options]
+    for way in [*starts, *beside]:
+        with recorded() as launches:
+            conv.configured(op, way)(**kwargs)
+        yield from launches
 
 
 def resources(cubin: bytes) -> dict[str, int]:

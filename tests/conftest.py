@@ -37,6 +37,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def whole_float32() -> Iterator[None]:
+    """On a GPU too: which of its layers cuDNN would run in TF32 is not known. Tests of TF32 ask for it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same numbers in every order of the tests."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast import models
-from resnet_fast.plan import ConvBnPath, find
+from resnet_fast.plan import ConvBnPath, NormAct, find
 
 
 def calibrated(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -156,7 +156,7 @@ def norms(model: nn.Module) -> tuple[int, int]:
         if state is None or state.refusal is not None:
             continue
         for part in getattr(state.plan, "parts", (state.plan,)):
-            layers = [*getattr(part, "layers", ()), getattr(part, "shortcut", None)]
-            inside |= {id(find(m, layer.bn)) for layer in layers if isinstance(layer, ConvBnPath)}
+            layers = [part, *getattr(part, "layers", ()), getattr(part, "shortcut", None)]
+            inside |= {id(find(m, layer.bn)) for layer in layers if isinstance(layer, (ConvBnPath, NormAct))}
     every = {id(m) for m in model.modules() if "BatchNorm" in type(m).__name__}
     return len(inside & every), len(every)

@@ -35,12 +35,17 @@ def network(momentum: float | None = 0.1, affine: bool = True, tracked: bool = T
     return model
 
 
+def network_of(case: str) -> nn.Sequential:
+    """Of Triton's, which is interpreted, one bottleneck, the one with a projection."""
+    return network()[1:2] if case == "triton" else network(**options(case))
+
+
 def batch(case: str) -> Tensor:
     """The whole batch, with a mean of its own in every image: ranks that kept to themselves would be far off."""
-    size = 1 if case == "one_value" else 19
-    total = sum(SHARES.get(case, (3, 3)))
+    size = {"one_value": 1, "triton": 5}.get(case, 19)
+    total, channels = sum(SHARES.get(case, (3, 3))), 8 if case == "triton" else 3
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(total, 3, size, size, generator=generator) + torch.arange(total).view(-1, 1, 1, 1)
+    return torch.randn(total, channels, size, size, generator=generator) + torch.arange(total).view(-1, 1, 1, 1)
 
 
 def options(case: str) -> dict[str, Any]:
@@ -72,13 +77,14 @@ def own(case: str, rank: int) -> Tensor:
 def main(rank: int, world: int, file: str, case: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    model = network(**options(case))
+    model: nn.Module = network_of(case)
     alone = [dist.new_group([r]) for r in range(world)][rank] if case == "alone" else None
     if case == "converted_later":
         resnet_fast.fuse(model)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
-        model = resnet_fast.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(model, alone))
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, alone)
+        resnet_fast.fuse(model, backend="triton" if case == "triton" else None)
     if case == "eval":
         model.eval()
     x = own(case, rank)

@@ -79,6 +79,17 @@ def test_same_bits_twice_and_by_any_number_of_threads(
     assert_same_bits_by_any_threads(op, inputs(op, THREADS, dtype, device, variant=variant), name)
 
 
+@pytest.mark.parametrize("rows, k", [(7, 520), (35, 520), (7, 2100), (35, 2100)])
+@pytest.mark.parametrize(
+    "op, variant, name, device, dtype", [p for p in variants("affine_act_backward") if p.values[2] == "native"]
+)
+def test_wide_threads(op: str, variant: str, name: str, device: str, dtype: torch.dtype, rows: int, k: int) -> None:
+    """Rows of more than one block of channels; 7 of them are one tile of whole rows, or several for two threads."""
+    kwargs = inputs(op, Case(f"{rows}x{k}", 1, 1, rows, 1, k, 1, 1, 0), dtype, device, variant=variant)
+    check(op, kwargs, name)
+    assert_same_bits_by_any_threads(op, kwargs, name)
+
+
 @pytest.mark.parametrize("name, device, dtype", backends("affine_act"))
 def test_relu_keeps_nan_and_infinities(name: str, device: str, dtype: torch.dtype) -> None:
     inf, nan = torch.inf, torch.nan
@@ -403,7 +414,8 @@ def test_instruction_set(isa: str) -> None:
     assert found.stdout.strip() == isa, found.stderr
     files = [__file__, str(Path(__file__).with_name("test_stem.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files]
-    tests = "relu or gradient_passes or thousand or mask or window or nan or K8 or K9 or K70 or threads or image"
+    tests = "relu or gradient_passes or thousand or mask or window or nan or finite or K8 or K9 or K70 or threads"
+    tests += " or image"
     command += ["-k", f"native and cpu and ({tests})", "-m", "not gpu"]
     result = subprocess.run(
         command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300

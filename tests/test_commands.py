@@ -18,7 +18,7 @@ from torch import nn
 import resnet_fast
 from benchmarks import report
 from resnet_fast.__main__ import main
-from resnet_fast.commands import equality, images, machine, sources, timing
+from resnet_fast.commands import images, machine, sources, steps, timing
 from resnet_fast.commands.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -246,7 +246,7 @@ def test_libraries(name: str) -> None:
         pytest.skip(str(error))
     assert any(row.status == "fused" for row in resnet_fast.explain(source.model))
     with torch.inference_mode():
-        assert equality.tensors(source.model(torch.randn(1, 3, 64, 64)))
+        assert steps.tensors(source.model(torch.randn(1, 3, 64, 64)))
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

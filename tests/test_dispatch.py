@@ -289,3 +289,15 @@ def test_autocast_is_off_inside_an_op() -> None:
 )
 def test_which_gpus_a_build_serves(archs: list[str], capability: tuple[int, int], runs: bool) -> None:
     assert backend("native")._runs_on(archs, capability) is runs
+
+
+@every_variant
+def test_arguments_by_name_in_any_order(op: str, variant: str) -> None:
+    """With and without autograd, whose absence takes a shorter way."""
+    kwargs = inputs(op, CASE, variant=variant)
+    expected = OPS[op].definition(**kwargs)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), use_backend("torch"):
+            assert_same_bits(OPS[op](**dict(reversed(kwargs.items()))), expected)
+    if op in dispatch.SIGNATURES:
+        assert dispatch.tuned(op, **dict(reversed(kwargs.items()))) is None

@@ -224,8 +224,21 @@ def test_what_super_calls_is_read() -> None:
     assert "Parent.head depends on random" in resnet_fast.explain(model)[0].reason
 
 
-def two_inputs(self: Any, x: Tensor, y: Tensor | None = None) -> Tensor:
+def only_by_keyword(self: Any, x: Tensor, *, scale: float = 1.0) -> Tensor:
+    return self.inner(x) * scale
+
+
+def three_may_be_none(self: Any, x: Tensor, a: Any = None, b: Any = None, c: Any = None) -> Tensor:
     return self.inner(x)
+
+
+def a_list_as_default(self: Any, x: Tensor, sizes: tuple[int, ...] = (1, 2)) -> Tensor:
+    return self.inner(x) * sizes[0]
+
+
+def same_object(self: Any, x: Tensor) -> Tensor:
+    y = self.inner(x)
+    return y if y is x else y * 2
 
 
 def decorated(self: Any, x: Tensor) -> Tensor:
@@ -257,7 +270,10 @@ def _decorated() -> Callable[..., Any]:
         (sets_an_attribute, "sets last"),
         (changes_a_mode, ".eval"),
         (past_call, ".forward"),
-        (two_inputs, "one input"),
+        (only_by_keyword, "by keyword alone"),
+        (three_may_be_none, "3 inputs that may be None"),
+        (a_list_as_default, "a tuple as default"),
+        (same_object, "two objects are one"),
         (_decorated(), "closes over"),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
@@ -281,6 +297,89 @@ def test_refusal_changes_nothing() -> None:
     resnet_fast.fuse(model, generic=True)
     assert {k: v for k, v in model.__dict__.items() if k != "_modules"} == before
     assert model.training and model.bn1.training
+
+
+# ---- several inputs ---------------------------------------------------------------------------------------------
+
+
+def with_skip(self: Any, x: Tensor, skip: Tensor | None = None, scale: float = 2.0, sub: bool = False) -> Tensor:
+    x = self.inner(x)
+    if skip is not None:
+        x = self.relu(self.bn2(self.conv2(x)) + skip)
+    else:
+        x = self.relu(self.bn2(self.conv2(x)))
+    return x - scale if sub else x * scale
+
+
+def needs_both(self: Any, x: Tensor, size: int, y: Tensor | None = None) -> Tensor:
+    x = F.interpolate(self.inner(x), size=(size, size))
+    return self.relu(self.bn2(self.conv2(torch.cat([x[:, :4], y[:, :4]], 1))))
+
+
+Y = torch.randn(2, 8, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_several_inputs(train: bool) -> None:
+    """Every way of calling: by position and by keyword, with and without the skip, and with what was not traced."""
+    plain, ours = made(with_skip).train(train), fused(with_skip).train(train)
+    assert "the sum" in parts(ours)[0]
+    calls: list[tuple[tuple, dict, bool]] = [
+        ((X,), {}, True),
+        ((X, Y), {}, True),
+        ((X,), {"skip": Y}, True),
+        ((X, None, 2.0), {"sub": False}, True),
+        ((X, Y, 3.0), {}, False),
+        ((X, Y), {"sub": True}, False),
+        ((), {"x": X, "skip": Y}, False),
+    ]
+    for args, kwargs, is_fused in calls:
+        for model in (plain, ours):
+            model.zero_grad()
+            model(*args, **kwargs).square().mean().backward()
+        for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4)
+        for a, b in zip(plain.buffers(), ours.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(*args, **kwargs), plain(*args, **kwargs), rtol=1e-4, atol=1e-4)
+        assert bool(parts(ours)) == is_fused, f"{kwargs}\n{resnet_fast.explain(ours)}"
+
+
+def test_mistakes_with_several_inputs_get_the_originals_error() -> None:
+    for forward in (with_skip, needs_both):
+        plain, ours = made(forward), fused(forward)
+        assert parts(ours)
+        for args, kwargs in (((), {}), ((X, 32, Y, 1, 2), {}), ((X, 32), {"z": 1}), ((None, 32, Y), {})):
+            with pytest.raises(Exception) as theirs:
+                plain(*args, **kwargs)
+            with pytest.raises(type(theirs.value)) as mine:
+                ours(*args, **kwargs)
+            assert str(mine.value) == str(theirs.value)
+
+
+def test_a_way_that_cannot_be_traced_has_its_reason() -> None:
+    """Without y the text raises; with it, it is fused, whatever the size."""
+    plain, ours = made(needs_both).eval(), fused(needs_both).eval()
+    for size in (32, 16):
+        y = Y[:, :, :size, :size]
+        torch.testing.assert_close(ours(X, size, y), plain(X, size, y=y), rtol=1e-4, atol=1e-4)
+        assert parts(ours)
+    with pytest.raises(TypeError):
+        ours(X, 32)
+    assert "cannot be traced with x, size alone" in resnet_fast.explain(ours)[0].reason
+
+
+def test_a_fused_module_keeps_its_signature() -> None:
+    import inspect
+
+    for generic in (False, True):
+        model = resnet_fast.fuse(made(with_skip), generic=generic)
+        assert list(inspect.signature(model.forward).parameters) == ["x", "skip", "scale", "sub"]
+    sequence = resnet_fast.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    assert parts(sequence) and list(inspect.signature(sequence.forward).parameters) == ["input"]
+    torch.testing.assert_close(sequence(input=X), sequence(X))
 
 
 # ---- order, and writing in place --------------------------------------------------------------------------------

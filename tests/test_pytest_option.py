@@ -99,6 +99,29 @@ def test_benchmark_json_goes_where_it_is_told(project: Path) -> None:
     assert not list(project.glob(".benchmarks/*/*.json"))
 
 
+@pytest.mark.slow
+@needs_pytest_benchmark
+def test_benchmark_compares_across_commits(project: Path) -> None:
+    """A run, a commit, and a run beside it: one table, in which the older run is the baseline."""
+
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        subprocess.run(["git", *identity, *words], cwd=project, check=True, capture_output=True)
+
+    git("init", "-q")
+    for message in ("one", "two"):
+        (project / "message.txt").write_text(message)
+        git("add", ".")
+        git("commit", "-qm", message)
+        options = ["--benchmark-compare"] if message == "two" else []
+        output = run_pytest(project, "--benchmark", *options)
+    saved = [json.loads(file.read_text()) for file in sorted(project.glob(".benchmarks/*/*.json"))]
+    assert len({result["commit_info"]["id"] for result in saved}) == 2
+    assert "Comparing against benchmarks from" in output
+    rows = re.findall(r"^bench_short \((\w+)\)", output, re.MULTILINE)
+    assert len(rows) == 2 and "NOW" in rows and any(row.startswith("0001") for row in rows)
+
+
 def test_benchmark_without_the_plugin(project: Path) -> None:
     without = ["-p", "no:benchmark"]
     output = run_pytest(project, "--benchmark", *without, code=pytest.ExitCode.USAGE_ERROR)

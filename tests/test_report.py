@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import figures, parts, report, suite
+from benchmarks import figures, fusions, parts, report, suite
 from resnet_fast.commands.timing import GRAPH
 
 HEAD = {
@@ -41,11 +42,11 @@ def made_up() -> dict[str, Any]:
                                 "ratio": times / 1.6, "ms_p50": batch / speed * 1e3,
                             }
                         )  # fmt: skip
-        for i, step in enumerate(parts.STEPS):
+        for i, step in enumerate(fusions.steps("cuda", mode)):
             records.append(
                 {
                     "part": mode, "network": "resnet50", "mode": mode, "dtype": "bfloat16", "batch": 128,
-                    "group": "steps", "contender": step, "ratio": 1 + 0.1 * i, "ms_p50": 60 / (1 + 0.1 * i),
+                    "group": "fusions", "contender": step.name, "ratio": 1 + 0.1 * i, "ms_p20": 60 / (1 + 0.1 * i),
                 }
             )  # fmt: skip
     records.append(
@@ -152,3 +153,26 @@ def test_summary_of_a_run() -> None:
     text = suite.summary(made_up())
     assert "4000.00 GB/s" in text and "750.00 TFLOP/s" in text and "passed" in text
     assert "conv_stats" in text and "of its ceiling" in text
+
+
+def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
+    """README's text is that of the committed results, and report makes the same of them again."""
+    (tmp_path / "results").mkdir()
+    for file in (report.ROOT / "benchmarks" / "results").iterdir():
+        shutil.copy(file, tmp_path / "results")
+    readme = tmp_path / "README.md"
+    shutil.copy(report.ROOT / "README.md", readme)
+    before = readme.read_bytes()
+    options = ["--results", str(tmp_path / "results"), "--readme", str(readme)]
+    assert report.main([*options, "--check"]) == 0
+    assert report.main([*options, "--no-plot"]) == 0 and readme.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_the_same_pictures_again(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _run(tmp_path, h=made_up())
+    files = sorted(tmp_path.glob("*.png"))
+    first = [file.read_bytes() for file in files]
+    _run(tmp_path, h=made_up())
+    assert files and [file.read_bytes() for file in files] == first

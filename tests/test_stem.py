@@ -141,6 +141,39 @@ def test_window_with_nan_and_infinities(name: str, device: str, dtype: torch.dty
                 assert (index[0, wins, 0, 0] == 3 * (row + 1) + column + 1).all()
 
 
+@pytest.mark.parametrize("name, device, dtype", backends("affine_act_maxpool"))
+def test_window_with_scales_of_either_sign_and_zero(name: str, device: str, dtype: torch.dtype) -> None:
+    """Values whose products and sums are exact, many of them equal once stored: z and index are the definition's."""
+    scale = torch.tensor([1.0, -1.0, 0.0, -0.0, 0.25, -0.25, 2.0**-7, -(2.0**-7)], device=device)
+    shift = torch.tensor([0.0, -0.0, 1.0, -1.0, 3.0], device=device)
+    scale, shift = (t.flatten() for t in torch.meshgrid(scale, shift, indexing="ij"))
+    some = torch.tensor([0.0, -0.0, 0.5, 1.0, 1.0, -1.0, 1.5, -2.0, 2.0, 3.0, -torch.inf, torch.inf, torch.nan])
+    for count in (10, 11, 12, 13):  # without infinities and NaN, then with one after the other
+        pick = torch.randint(count, (2, 40, 9, 10), generator=torch.Generator().manual_seed(count))
+        y = some[pick].to(dtype).to(device).contiguous(memory_format=torch.channels_last)
+        z, index = run("affine_act_maxpool", {"y": y, "scale": scale, "shift": shift}, name)
+        expected, places = ops.affine_act_maxpool.definition(y, scale, shift)
+        torch.testing.assert_close(z, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(index[~z.isnan()], places[~z.isnan()])  # of several NaN any wins
+
+
+@pytest.mark.parametrize("op, variant, name, device, dtype", variants(*OPS[1:]))
+def test_backward_is_finite_where_torchs_is(op: str, variant: str, name: str, device: str, dtype: torch.dtype) -> None:
+    """An infinity in each tensor in turn: in a y of which a gradient depends, too, and in one of which none does."""
+    for key, value in inputs(op, ODD, dtype, device, variant=variant).items():
+        if value.dtype == torch.uint8:
+            continue
+        for at in range(3 if key in ("y", "dz") else 1):
+            for sign in (1, -1):
+                kwargs = inputs(op, ODD, dtype, device, variant=variant)
+                kwargs[key][(0,) * (value.dim() - 1) + (at,)] = sign * torch.inf
+                ours, torchs = run(op, kwargs, name), eager(op, kwargs)
+                for a, b in zip(_tuple(ours), _tuple(torchs), strict=True):
+                    assert torch.equal(a.isfinite(), b.isfinite()), f"{op}: {sign * torch.inf} in {key}"
+                    if key in ("y", "dz"):
+                        assert torch.equal(a.isnan(), b.isnan()), f"{op}: {sign * torch.inf} in {key}"
+
+
 @pytest.mark.parametrize("op, variant, name, device, dtype", variants(*OPS))
 def test_nan_goes_where_torchs_goes(op: str, variant: str, name: str, device: str, dtype: torch.dtype) -> None:
     """One NaN, with bits that rounding would turn into a number, in each tensor in turn."""

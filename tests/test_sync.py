@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from resnet_fast import functional
+from resnet_fast.dispatch import reasons
 from resnet_fast.functional import ConvBn, residual_block
-from tests.sync_worker import SHARES, batch, network, options, own, results
+from tests.sync_worker import SHARES, batch, network, network_of, own, results
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
@@ -52,7 +53,7 @@ def close(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 def joined(case: str) -> dict[str, torch.Tensor]:
     """One process, the whole batch, torch's own modules in float64."""
     torch.manual_seed(0)
-    model = network(**options(case)).double()
+    model = network_of(case).double()
     if case == "eval":
         model.eval()
     x = batch(case).double()
@@ -60,7 +61,13 @@ def joined(case: str) -> dict[str, torch.Tensor]:
     return results(model, x)
 
 
-@pytest.mark.parametrize("case", ["even", "uneven", "empty", "cumulative", "untracked", "no_affine", "converted_later"])
+needs_triton = pytest.mark.skipif(
+    reasons("conv_stats", torch.device("cpu"), torch.float32)["triton"] is not None, reason="needs Triton's interpreter"
+)
+CASES = ("even", "uneven", "empty", "cumulative", "untracked", "no_affine", "converted_later")
+
+
+@pytest.mark.parametrize("case", [*CASES, pytest.param("triton", marks=[needs_triton, pytest.mark.slow])])
 def test_equals_the_joined_batch(case: str, tmp_path: Path) -> None:
     ranks, expected = two_ranks(case, tmp_path), joined(case)
     assert set(expected) == set(ranks[0]) == set(ranks[1])

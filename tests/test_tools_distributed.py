@@ -46,7 +46,11 @@ def mean_error(tensors: list[Tensor], refs: list[Tensor]) -> float:
 @needs_gloo
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", ["ddp", "static_graph", "find_unused", "bucket_view", "fsdp", "fsdp_mixed", "fsdp_no_reshard"]
+    "case",
+    [
+        *("ddp", "static_graph", "find_unused", "bucket_view", "fsdp", "fsdp_mixed", "fsdp_no_reshard"),
+        *("ddp_first", "fsdp_first"),  # wrapped, then fused
+    ],
 )
 def test_two_processes(case: str, tmp_path: Path) -> None:
     """Gradients, parameters, buffers and outputs of two steps: those of the unfused model, on every rank."""

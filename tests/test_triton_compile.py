@@ -34,7 +34,7 @@ BN_ACT = (
 )
 STEM = ("affine_act_maxpool", "maxpool_backward_sums", "maxpool_backward_apply")
 #: Files of kernels that are compiled here, with their ops.
-FILES = {"bn_act.py": BN_ACT, "stem.py": STEM}
+FILES = {("bn_act.py", "bn_act_backward.py", "bn_stats.py", "reduce.py"): BN_ACT, ("stem.py",): STEM}
 OPS = tuple(op for ops in FILES.values() for op in ops)
 #: Kernels that see nothing but per-channel vectors and partial sums.
 SMALL = {"bn_finalize_kernel", "bn_backward_finalize_kernel", "finish_stats_kernel", "finish_sums_kernel"}
@@ -71,7 +71,8 @@ def wide(records: list[Record]) -> Iterator[Record]:
 
 def test_every_kernel_is_compiled(records: list[Record]) -> None:
     folder = ROOT / "resnet_fast" / "backends" / "triton"
-    kernels = {name for file in FILES for name in re.findall(r"^def (\w+_kernel)\(", (folder / file).read_text(), re.M)}
+    sources = [(folder / file).read_text() for files in FILES for file in files]
+    kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.M)}
     assert kernels == {r["kernel"] for r in records} and len(kernels) >= 11
     for kernel in kernels - SMALL:
         found = {(r["arch"], r["shape"], r["dtype"]) for r in records if r["kernel"] == kernel}

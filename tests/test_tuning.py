@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import resnet_fast
-from resnet_fast import dispatch, ops, schedule, tables, tuning, use_backend
-from resnet_fast.dispatch import PARTS, SIGNATURES
+from resnet_fast import dispatch, ops, schedule, tuning, use_backend
+from resnet_fast.dispatch import SIGNATURES
 from resnet_fast.fuse import blocks
-from resnet_fast.models import BasicBlock, Bottleneck
-from resnet_fast.tables import Candidate, Row, Signature, TableError, TableWarning
+from resnet_fast.models import resnet50
+from resnet_fast.tables import Candidate, Row, Signature, TableWarning
 from resnet_fast.tuning import TuningWarning, warmup
 from tests.cases import TINY, inputs
 from tests.tolerance import assert_same_bits
+from tests.tuning import CPU, SHAPE, clock, image, step, tiny
 
 ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
-SHAPE = (2, 8, 6, 6)
 CASE = next(case for case in TINY if case.name == "3x3")
 
 needs_native = pytest.mark.skipif(
@@ -68,44 +63,6 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     dispatch._choose.cache_clear()
 
 
-def tiny(*, fused: bool = True) -> nn.Sequential:
-    """A bottleneck with a projection, a basic block, and what makes a loss of them."""
-    torch.manual_seed(0)
-    down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
-    plain = nn.Sequential(Bottleneck(8, 4, 2, down), BasicBlock(16, 16), nn.Flatten(), nn.Linear(144, 4))
-    plain = plain.to(memory_format=torch.channels_last).train()
-    return resnet_fast.fuse(plain) if fused else plain
-
-
-def image(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(dtype, memory_format=torch.channels_last)
-
-
-def clock(**seconds: float) -> Callable[..., float]:
-    """A timer by what is timed: "native", "triton", "torch", "parts", "fused", "original"; each takes 1 s if not given.
-
-    It runs nothing. With ``ways`` of Triton's, a configuration's time is looked up by its text.
-    """
-
-    def timer(function: Any, device: torch.device) -> float:
-        inner = getattr(function, "func", function)
-        names = {"in_parts": PARTS, "fused": "fused", "original": "original"}
-        name = names.get(inner.__name__) or next(
-            (n for n in ("native", "triton") if f"backends.{n}" in inner.__module__), "torch"
-        )
-        return seconds.get(name, 1.0)
-
-    return timer
-
-
-def step(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
-    """One training step: the loss and every gradient."""
-    model.zero_grad()
-    loss = F.cross_entropy(model(image()), torch.arange(2))
-    loss.backward()
-    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """(op, backend) of every convolution that tables decided on."""
@@ -118,7 +75,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
             seen.append((op, choice.backend))
         return choice
 
-    for module in (dispatch, sys.modules["resnet_fast.functional"]):
+    for module in (dispatch, sys.modules["resnet_fast.autograd"]):
         monkeypatch.setattr(module, "tuned", tuned)
     return seen
 
@@ -282,6 +239,8 @@ def test_a_block_that_loses_runs_as_it_was(faster: str) -> None:
     rows = [row for row in resnet_fast.explain(model, SHAPE) if row.block]
     reason = next(step.reason for row in rows for step in row.steps if step.direction == "block")
     assert reason.startswith("measured: 2.00x ")
+    title = str(resnet_fast.explain(model, SHAPE)).partition("\n")[0]
+    assert ("in training at this size 2 run as they were, which is faster" in title) == (faster == "original")
     if faster == "fused":
         assert {row.status for row in rows} == {"fused"}
         return
@@ -293,6 +252,23 @@ def test_a_block_that_loses_runs_as_it_was(faster: str) -> None:
     with use_backend("torch"):
         step(model)
     assert {row.status for row in resnet_fast.explain(model) if row.block} == {"fused"}
+
+
+@needs_native
+@pytest.mark.slow
+def test_a_whole_resnet50() -> None:
+    """explain() has every convolution of it, forward and backward, with a reason; warmup measures each kind once."""
+    model, size = resnet_fast.fuse(resnet50().train().to(memory_format=torch.channels_last)), (2, 3, 40, 40)
+    before = resnet_fast.explain(model, size)
+    report = warmup(model, size, timer=clock(native=0.5, fused=0.5), progress=False)
+    after = resnet_fast.explain(model, size)
+    convolutions = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    for explanation, reason in ((before, "not measured: order of backends"), (after, "measured: 2.00x torch on ")):
+        steps = [(f"{row.name}.{s.layer}".strip("."), s) for row in explanation for s in row.steps]
+        for direction in ("forward", "backward"):
+            assert {name for name, s in steps if s.direction == direction} == convolutions
+        assert all(s.reason.startswith(reason) for _, s in steps if s.direction != "block")
+    assert len(convolutions) == 53 and len(report.measured) < 60 and report.left_out == ()
 
 
 def test_warmup_goes_on_where_it_was() -> None:
@@ -452,65 +428,6 @@ def test_backends_that_are_gone(ran: list[tuple[str, str]]) -> None:
         )
 
 
-# ---- files
-
-
-def row_of(batch: int) -> Row:
-    layer = (16, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1
-    signature = Signature("conv_stats", torch.bfloat16, (batch, 8, 6, 6), (layer,), (True,))
-    candidates = Candidate("triton", {"fprop": ["written", 1, 2]}, 1e-6), Candidate("native", None, 2e-6)
-    return Row(signature, candidates, "warmup")
-
-
-def test_rows_survive_a_file(folder: Path) -> None:
-    path = tables.save(CPU, [row_of(1), row_of(2)])
-    assert path is not None and path.parent == folder
-    assert tables.load(CPU) == {row_of(n).signature: row_of(n) for n in (1, 2)}
-    tables.save(CPU, [row_of(3)])
-    assert len(tables.load(CPU)) == 3
-    assert [p.name for p in folder.iterdir() if p.suffix == ".tmp"] == []
-
-
-def change(**change: Any) -> Callable[[dict[str, Any]], str]:
-    return lambda content: json.dumps({**content, **change})
-
-
-@pytest.mark.parametrize(
-    "damage, reason",
-    [
-        (lambda content: "", "damaged"),
-        (lambda content: json.dumps(content)[:-20], "damaged"),
-        (lambda content: "[]", "damaged"),
-        (lambda content: "\xff\x00", "damaged"),
-        (change(schema=99), "schema 99"),
-        (change(device="NVIDIA H100"), "made for device 'NVIDIA H100'"),
-        (change(torch="2.0.0"), "made for torch '2.0.0'"),
-        (change(triton="2.0.0"), "made for triton '2.0.0'"),
-        (change(resnet_fast="9.9"), "made for resnet_fast '9.9'"),
-        (change(rows=[{}]), "a row of it is damaged"),
-        (change(rows=3), "a row of it is damaged"),
-        (lambda content: json.dumps(content).replace("bfloat16", "relu"), "a row of it is damaged"),
-        (lambda content: json.dumps(content).replace("lazy_x", "eager_x"), "a row of it is damaged"),
-        (lambda content: json.dumps(content).replace('"us": 1.0', '"us": "fast"'), "a row of it is damaged"),
-        (lambda content: json.dumps(content).replace("conv_stats", "conv_magic"), "a row of it is damaged"),
-    ],
-)
-def test_a_file_from_elsewhere_is_ignored(damage: Callable[[dict[str, Any]], str], reason: str) -> None:
-    """Training goes on by the order of backends; the warning names file, reason and remedy; warmup writes it anew."""
-    path = tables.save(CPU, [row_of(1)])
-    assert path is not None
-    path.write_text(damage(json.loads(path.read_text())), encoding="latin-1")
-    with pytest.warns(TableWarning) as found:
-        step(tiny())
-    message = str(found[0].message)
-    assert (
-        len(found) == 1 and str(path) in message and reason in message and "Remedy: call resnet_fast.warmup" in message
-    )
-    assert dispatch.table(CPU).rows == {}
-    tables.save(CPU, [row_of(2)])
-    assert list(tables.load(CPU)) == [row_of(2).signature]
-
-
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
@@ -520,74 +437,3 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         report = warmup(tiny(), SHAPE, timer=clock(), progress=False, cache=tmp_path / "file")
     assert report.path is None and "holds for this process" in str(report)
     assert len(dispatch.table(CPU).rows) == len(report.measured) > 0
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert tables.cache_file(CPU).parent == tmp_path / "cache"
-    assert tables.cache_file(CPU, "~/x").parent == Path("~/x").expanduser()
-    monkeypatch.delenv("RESNET_FAST_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tables.cache_file(CPU).parent == tmp_path / "resnet_fast"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tables.cache_file(CPU).parent == Path("~/.cache/resnet_fast").expanduser()
-
-
-def test_committed_tables_come_first_and_the_cache_over_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A committed table holds for its device in every version that reads its schema."""
-    path = tables.save(CPU, [row_of(1), row_of(2)], tmp_path / "committed")
-    assert path is not None
-    path.write_text(json.dumps({**json.loads(path.read_text()), "torch": "2.11.0"}))
-    monkeypatch.setattr(tables, "COMMITTED", path.parent)
-    assert {row.source for row in tables.load(CPU).values()} == {f"table {path.name}"}
-    tables.save(CPU, [row_of(2)._replace(candidates=row_of(2).candidates[1:])])
-    found = tables.load(CPU)
-    assert [len(row.candidates) for row in found.values()] == [2, 1]
-    path.write_text("{}")
-    with pytest.warns(TableWarning, match="Remedy: reinstall"):
-        assert len(tables.load(CPU)) == 1
-
-
-@pytest.mark.parametrize("path", sorted(tables.COMMITTED.glob("*.json")), ids=lambda path: path.stem)
-def test_committed_tables_are_sound(path: Path) -> None:
-    """Every row can be read, and names ways that this version has."""
-    for row in tables.read(path, {}, path.name).values():
-        for candidate in row.candidates:
-            assert candidate.backend in (*dispatch.BACKENDS, "torch", PARTS, "fused", "original")
-            if candidate.config:
-                dispatch.backend(candidate.backend).configured(row.signature.op, candidate.config)
-
-
-def test_reading_needs_what_it_asks_for(tmp_path: Path) -> None:
-    path = tables.save(CPU, [row_of(1)], tmp_path)
-    assert path is not None
-    with pytest.raises(TableError, match=r"it is damaged \(KeyError: 'colour'"):
-        tables.read(path, {"colour": "blue"}, "")
-
-
-@pytest.mark.slow
-def test_threads_and_processes_write_at_once(folder: Path) -> None:
-    """Nothing is lost, and every reader finds a whole file."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from tests.test_tuning import CPU, row_of, tables
-for n in range(100, 110):
-    tables.save(CPU, [row_of(n)])
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-
-    def write(start: int) -> None:
-        for n in range(start, start + 5):
-            tables.save(CPU, [row_of(n)])
-
-    threads = [threading.Thread(target=write, args=(start,)) for start in (1, 11, 21)]
-    tables.save(CPU, [row_of(99)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads) or process.poll() is None:
-            assert row_of(99).signature in tables.load(CPU)
-    assert process.returncode == 0
-    batches = {signature.x[0] for signature in tables.load(CPU)}
-    assert batches == {99, *range(1, 6), *range(11, 16), *range(21, 26), *range(100, 110)}

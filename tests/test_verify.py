@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import dispatch
+from resnet_fast import adapters, dispatch
 from resnet_fast.__main__ import main
-from resnet_fast.commands import equality, verify
+from resnet_fast.commands import adversarial, curves, units, verify
 from resnet_fast.models.blocks import BasicBlock, Bottleneck
+from resnet_fast.plan import BlockPlan
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -68,6 +69,10 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0, capsys.readouterr().out
     out = capsys.readouterr().out
     assert "WRONG" not in out and "checks passed" in out
+    rows = [line.strip() for line in out.splitlines()]
+    for hard in adversarial.every():  # each input by its name, whatever was nearest to its bound
+        assert any(row.startswith(f"{hard.name}  ") for row in rows), hard.name
+    assert "differ in some bit" in out
     result = json.loads(file.read_text())
     assert result["passed"] and [s["section"] for s in result["verify"]] == list(verify.SECTIONS)
     checks = {s["section"]: s["checks"] for s in result["verify"]}
@@ -182,20 +187,20 @@ def test_betas_are_decided() -> None:
     torch.manual_seed(0)
     pre = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     pre[0, 0, 0, 0] = 1e-9
-    shift = verify._gap(pre, 1e-3)
+    shift = units._gap(pre, 1e-3)
     assert (pre + shift.view(1, -1, 1, 1)).abs().min() > 1e-3
     assert shift[0] != 0 and shift.abs().max() < 0.2
     constant = torch.zeros(2, 1, 3, 3)
-    assert (constant + verify._gap(constant, 1e-3)).abs().min() > 1e-3
+    assert (constant + units._gap(constant, 1e-3)).abs().min() > 1e-3
 
 
 def test_curve_check() -> None:
     line = [2.0, 1.5, 1.2]
     near = [v + 1e-3 for v in line]
-    good = equality.Curves("float32", near, near, line, line, [near])
-    assert equality.curve_check(good).ok
-    assert not equality.curve_check(good._replace(ours=[v + 1e-2 for v in line])).ok
-    assert not equality.curve_check(good._replace(ours=[2.0, float("nan"), 1.2])).ok
+    good = curves.Curves("float32", near, near, line, line, [near])
+    assert curves.curve_check(good).ok
+    assert not curves.curve_check(good._replace(ours=[v + 1e-2 for v in line])).ok
+    assert not curves.curve_check(good._replace(ours=[2.0, float("nan"), 1.2])).ok
 
 
 @pytest.mark.slow
@@ -225,3 +230,19 @@ def test_ctrl_c() -> None:
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
     assert rest.splitlines()[-1] == "resnet-fast: interrupted" and "Traceback" not in rest
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_torch_folded_as_torch_compile_runs_it() -> None:
+    """One of torch's ways: the numbers of its folded module, but for the order of additions. Not where it has none."""
+    torch.manual_seed(0)
+    block, x = BasicBlock(32, 32).eval(), torch.randn(2, 32, 6, 6).contiguous(memory_format=torch.channels_last)
+    plan = adapters.look(block, type(block))
+    assert isinstance(plan, BlockPlan)
+    expected = block(x)
+    unit = units.block_unit("block", block, plan)
+    unit.fold(block)
+    packed = units._packed(block, x)
+    assert packed is not None and sum(isinstance(m, units._Packed) for m in packed.modules()) == 2
+    torch.testing.assert_close(packed(x), expected)
+    assert units._packed(block, x.half()) is None

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from resnet_fast import models
+from resnet_fast import models, watch
 from resnet_fast.watch import Watch
 
 PATHS = ("conv1", "bn1", "relu", "conv2", "bn2", "downsample.0", "downsample.1", "se")
+
+
+@pytest.fixture(params=["native", "python"], autouse=True)
+def comparison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test by the native comparison, where there is one, and by Python's."""
+    if request.param == "python":
+        monkeypatch.setattr(watch, "_comparison", lambda: watch.unchanged_in_python)
+    elif watch._comparison() is watch.unchanged_in_python:
+        pytest.skip("resnet_fast._C is not built")
 
 
 def block() -> models.BasicBlock:
@@ -43,18 +54,36 @@ CHANGES: dict[str, Callable[[models.BasicBlock], object]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_change_is_seen(change: Callable[[models.BasicBlock], object]) -> None:
     b = block()
-    watch = Watch(b, PATHS)
-    assert watch.unchanged() and watch.unchanged()
+    seen = Watch(b, PATHS)
+    assert seen.unchanged() and seen.unchanged()
     change(b)
-    assert not watch.unchanged()
+    assert not seen.unchanged()
 
 
 def test_use_is_no_change() -> None:
     b = block()
-    watch = Watch(b, PATHS)
+    seen = Watch(b, PATHS)
     with torch.no_grad():
         b(torch.randn(2, 4, 8, 8))
     b.register_forward_hook(print)  # the block's own: its caller's business
     b.state_dict()
     list(b.parameters())
-    assert watch.unchanged()
+    assert seen.unchanged()
+
+
+def test_a_value_that_moves_to_another_dictionary_is_a_change() -> None:
+    """As many values, the same ones in the same order, and yet in other places."""
+    b = block()
+    b.bn1.register_parameter("late", None)
+    seen = Watch(b, PATHS)
+    del b.bn1._parameters["late"]
+    assert not seen.unchanged()
+
+
+def test_a_watched_model_is_collected() -> None:
+    b = block()
+    b.seen = [Watch(b, PATHS)]  # a cycle, as caches make
+    gone = weakref.ref(b)
+    del b
+    gc.collect()
+    assert gone() is None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,9 +60,11 @@ def full(t: Any) -> Tensor:
 def train(case: str, rank: int, fused: bool) -> dict[str, Any]:
     """Two steps; whole gradients of the last, whole parameters and buffers after it; eval's output."""
     model = small()
-    if fused:
+    if fused and not case.endswith("_first"):
         resnet_fast.fuse(model)
-    parallel = wrapped(case, model)
+    parallel = wrapped(case.removesuffix("_first"), model)
+    if fused and case.endswith("_first"):
+        resnet_fast.fuse(parallel)
     rows = 0
     optimizer = torch.optim.SGD(parallel.parameters(), 0.01, momentum=0.9)
     for i in range(2):
@@ -80,6 +82,12 @@ def train(case: str, rank: int, fused: bool) -> dict[str, Any]:
     with torch.no_grad():
         answer["first"] = full(parallel(images(3)))
         answer["second"] = full(parallel(images(3)))
+        if fused:  # unfused, it is as sharded as before, and says the same
+            kinds = [isinstance(m, FSDPModule) for m in model.modules()]
+            resnet_fast.unfuse(parallel)
+            assert [isinstance(m, FSDPModule) for m in model.modules()] == kinds
+            assert not any(hasattr(type(m), "_resnet_fast_original") for m in model.modules())
+            torch.testing.assert_close(full(parallel(images(3))), answer["first"], rtol=1e-2, atol=1e-2)
     return answer
 
 

@@ -2,6 +2,8 @@
 //
 // setup.py compiles this file once per instruction set, each into a namespace of its own; isa.cpp
 // picks one. Arithmetic is fp32 whatever the storage.
+#include <omp.h>
+
 #include <type_traits>
 
 #include "isa.h"
@@ -82,14 +84,16 @@ void sum_tile(const Tile& tile, int64_t k, const Add& add, float* const (&out)[S
 }
 
 /// Reduces SUMS sums over a whole matrix of T: tiles into the workspace, then the tiles in order.
-/// `make(vectors)` is the tile's add.
-template <class T, int64_t ROWS, int SUMS, int COUNT, class Make>
+/// `make(vectors)` is the tile's add. Tiles are WIDTH channels wide, narrower if threads would have
+/// none.
+template <class T, int64_t ROWS, int64_t WIDTH, int SUMS, int COUNT, class Make>
 void reduce(int64_t npq, int64_t k, float* workspace, const float* const (&vectors)[COUNT],
             const Make& make, float* const (&out)[SUMS]) {
-  const Tiles tiles{npq, k};
+  Tiles tiles{npq, k, WIDTH};
+  if (tiles.row_blocks() < omp_get_max_threads()) tiles.width = BLOCK_K;
   const int64_t plane = tiles.row_blocks() * padded(k);
   for_each_tile(tiles, [&](const Tile& tile) {
-    const Channels<T, COUNT, BLOCK_K> channels(vectors, tile.channel, tile.channel_end);
+    const Channels<T, COUNT, WIDTH> channels(vectors, tile.channel, tile.channel_end);
     float* partial[SUMS];
     for (int s = 0; s < SUMS; ++s) {
       partial[s] = workspace + s * plane + tile.index * padded(k) + tile.channel;
@@ -325,7 +329,7 @@ struct GateByMask {
 // g = dz where z > 0 else 0;  sum_g = sum(g);  sum_gy = sum(g * (y - mean));  sum_gry likewise
 // Shapes    dz, z, y, ry, g (NPQ, K) channels-last; mask (NPQ, ceil(K / 8)) bytes; mean, rmean,
 //           sums (K,) fp32; workspace (SUMS, row blocks, padded(K)) fp32
-// Tiles     as bn_stats
+// Tiles     as bn_stats, but whole rows of up to WRITE_K channels
 // Traffic   reads dz, z, y, ry, writes g: 5 * NPQ * K * itemsize (4 without ry; one less with a
 //           mask, which is NPQ * K / 8)
 // Numerics  fp32 sums over a tile, tiles merged in double, in order; g is dz or 0, exactly
@@ -355,8 +359,12 @@ void affine_act_backward_kernel(const AffineActBackward& args, T, Gate gate,
       }
     };
   };
-  reduce<T, WRITE_ROWS, SUMS, 2>(args.npq, args.k, args.workspace, {args.mean, args.rmean}, make,
-                                 out);
+  const float* const means[] = {args.mean, args.rmean};
+  if (args.k * static_cast<int64_t>(sizeof(T)) >= WRITE_BYTES) {
+    reduce<T, 1, WRITE_K>(args.npq, args.k, args.workspace, means, make, out);
+  } else {
+    reduce<T, WRITE_ROWS, BLOCK_K>(args.npq, args.k, args.workspace, means, make, out);
+  }
 }
 
 /// g of a gradient dz that comes without a ReLU: itself.
@@ -407,8 +415,9 @@ void bn_backward_sums_kernel(const BnBackwardSums& args, T, G g) {
       }
     };
   };
-  reduce<T, READ_ROWS, 2, 3>(args.npq, args.k, args.workspace, {args.mean, args.scale, args.shift},
-                             make, {args.sum_g, args.sum_gy});
+  const float* const vectors[] = {args.mean, args.scale, args.shift};
+  reduce<T, READ_ROWS, BLOCK_K, 2>(args.npq, args.k, args.workspace, vectors, make,
+                                   {args.sum_g, args.sum_gy});
 }
 
 // dy = a * g + b * (y - mean) + c;  g = dz where y * scale + shift > 0 else 0

@@ -13,6 +13,7 @@ struct Isa {
   const BnAct* bn_act;
   const Stem* stem;
   const Winograd* winograd;
+  const Direct* direct;
 };
 
 #if defined(__x86_64__)
@@ -30,10 +31,11 @@ bool has_avx512() {
 // Best first.
 const Isa ISAS[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, &avx512::bn_act, &avx512::stem, &avx512::winograd},
-    {"avx2", has_avx2, &avx2::bn_act, &avx2::stem, &avx2::winograd},
+    {"avx512", has_avx512, &avx512::bn_act, &avx512::stem, &avx512::winograd, &avx512::direct},
+    {"avx2", has_avx2, &avx2::bn_act, &avx2::stem, &avx2::winograd, &avx2::direct},
 #endif
-    {"baseline", [] { return true; }, &baseline::bn_act, &baseline::stem, &baseline::winograd},
+    {"baseline", [] { return true; }, &baseline::bn_act, &baseline::stem, &baseline::winograd,
+     &baseline::direct},
 };
 
 const Isa& choose() {
@@ -53,6 +55,7 @@ const Isa& chosen() {
 const BnAct& ops() { return *chosen().bn_act; }
 const Stem& stem() { return *chosen().stem; }
 const Winograd& winograd() { return *chosen().winograd; }
+const Direct& direct() { return *chosen().direct; }
 
 }  // namespace
 
@@ -75,5 +78,8 @@ int64_t winograd_weight_size(int64_t c, int64_t k) { return winograd().winograd_
 void winograd_weight(const WinogradWeight& args) { winograd().winograd_weight(args); }
 int64_t winograd_workspace(const WinogradConv& args) { return winograd().winograd_workspace(args); }
 void winograd_conv(const WinogradConv& args) { winograd().winograd_conv(args); }
+int64_t direct_panel() { return direct().direct_panel(); }
+int64_t direct_workspace(const DirectConv& args) { return direct().direct_workspace(args); }
+void direct_conv(const DirectConv& args) { direct().direct_conv(args); }
 
 }  // namespace resnet_fast::cpu

@@ -1,4 +1,4 @@
-// bn_act.cpp, stem.cpp and winograd.cpp as they were compiled for each instruction set.
+// bn_act.cpp, stem.cpp, winograd.cpp and direct.cpp as they were compiled for each instruction set.
 #pragma once
 
 #include "../resnet_fast.h"
@@ -9,6 +9,7 @@ namespace baseline {
 extern const BnAct bn_act;
 extern const Stem stem;
 extern const Winograd winograd;
+extern const Direct direct;
 }  // namespace baseline
 
 #if defined(__x86_64__)
@@ -16,12 +17,14 @@ namespace avx2 {
 extern const BnAct bn_act;
 extern const Stem stem;
 extern const Winograd winograd;
+extern const Direct direct;
 }  // namespace avx2
 
 namespace avx512 {
 extern const BnAct bn_act;
 extern const Stem stem;
 extern const Winograd winograd;
+extern const Direct direct;
 }  // namespace avx512
 #endif
 

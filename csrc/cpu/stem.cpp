@@ -17,8 +17,10 @@ namespace {
 constexpr int PACKS = LANES == 16 ? 2 : 1;
 // Windows of one row whose maxima a thread keeps, in L1, and that one fp32 sum is formed over.
 constexpr int64_t BLOCK_Q = 64;
-// Rows of windows to one task: of each task the first row is read twice, from a cache.
+// Of each task's rows of windows the one before the first is read, too. A task has at least this
+// many, and more where there are this many tasks.
 constexpr int64_t BLOCK_P = 8;
+constexpr int64_t TASKS = 32;
 // index where no gradient passes.
 constexpr int BLOCKED = 9;
 
@@ -47,46 +49,70 @@ struct Images {
       : n(args.n), h(args.h), w(args.w), p((args.h + 1) / 2), q((args.w + 1) / 2) {}
 };
 
-/// The largest value of a part of a window as it is stored, and its place. Every value is >= 0 or
-/// NaN: its bits, without the sign, are in order as integers, NaN above all. What lies outside the
-/// image is 0 and comes first nowhere but before another 0, whose place does not matter.
+/// max(value, 0) for comparing: its bits are in order as integers, NaN above all, and 0 has no
+/// sign.
+RESNET_FAST_INLINE Vec ordered_relu(Vec value) {
+#if defined(__AVX512F__)
+  // A nibble for each class, from the lowest: quiet NaN, NaN, 0, 1, -Inf, Inf, < 0, > 0. The value
+  // itself is 1, +0 is 8. The order is that of unsigned integers.
+  return _mm512_maskz_fixupimm_ps(ALL_LANES, value, value, _mm512_set1_epi32(0x18181811), 0);
+#else
+  return (Vec)((VecBits)relu(value) & 0x7fffffff);
+#endif
+}
+
+/// The largest value of a part of a window as it is stored, and its place. Every value comes from
+/// ordered_relu. What lies outside the image is 0 and comes first nowhere but before another 0,
+/// whose place does not matter.
 template <class T>
 struct Best {
+  using S = Storage<T>;
+  using Part = typename S::Part;
+  using Bits = typename S::Bits;
+#if defined(__AVX512F__)
+  using Order = Part;
+#else
+  using Order = typename S::Signed;
+#endif
+
   Pack<T> value, place;
 
-  static Best of(const Pack<T>& value, int at) {
-    Best best{value, {}};
-    for (auto& part : best.place.v) {
-      part = typename Storage<T>::Part{} + static_cast<typename Storage<T>::Bits>(at);
-    }
-    return best;
-  }
-
-  /// The same, `by` places further.
-  Best moved(int by) const {
-    Best best = *this;
-    for (auto& part : best.place.v) part += static_cast<typename Storage<T>::Bits>(by);
-    return best;
-  }
-
-  /// The larger; `later` comes behind this in the window.
-  Best or_later(const Best& later) const {
-    using S = Storage<T>;
+  /// Of one row of a window: places 0, 1, 2.
+  static Best of(const Pack<T>& left, const Pack<T>& middle, const Pack<T>& right) {
     Best best;
     for (int i = 0; i < S::PARTS; ++i) {
-      const auto wins = (typename S::Signed)later.value.v[i] > (typename S::Signed)value.v[i];
-      best.value.v[i] = wins ? later.value.v[i] : value.v[i];
-      best.place.v[i] = wins ? later.place.v[i] : place.v[i];
+      const Part l = left.v[i], m = middle.v[i], r = right.v[i];
+      const auto second = (Order)m > (Order)l;
+      const Part two = second ? m : l, place = second ? Part{} + Bits{1} : Part{};
+      const auto third = (Order)r > (Order)two;
+      best.value.v[i] = third ? r : two;
+      best.place.v[i] = third ? Part{} + Bits{2} : place;
     }
     return best;
+  }
+
+  /// The larger; `later` comes `by` places behind this in the window.
+  Best or_later(const Best& later, Bits by) const {
+    Best best;
+    for (int i = 0; i < S::PARTS; ++i) {
+      const auto wins = (Order)later.value.v[i] > (Order)value.v[i];
+      best.value.v[i] = wins ? later.value.v[i] : value.v[i];
+      best.place.v[i] = wins ? later.place.v[i] + by : place.v[i];
+    }
+    return best;
+  }
+
+  /// The value as it is stored.
+  Pack<T> stored() const {
+    Pack<T> result = value;
+    for (Part& part : result.v) part &= Bits{S::SIGN - 1};
+    return result;
   }
 
   Pack<T> index() const {
     Pack<T> index;
-    for (int i = 0; i < Storage<T>::PARTS; ++i) {
-      index.v[i] = value.v[i] == 0 ? typename Storage<T>::Part{} +
-                                         static_cast<typename Storage<T>::Bits>(BLOCKED)
-                                   : place.v[i];
+    for (int i = 0; i < S::PARTS; ++i) {
+      index.v[i] = value.v[i] == 0 ? Part{} + Bits{BLOCKED} : place.v[i];
     }
     return index;
   }
@@ -114,23 +140,21 @@ void affine_act_maxpool_tile(const AffineActMaxpool& args, const Images& images,
   T* z = static_cast<T*>(args.z) + block.image * images.p * images.q * k + channel;
   uint8_t* index = args.index + block.image * images.p * images.q * k + channel;
   const Group<T, 2> vectors({args.scale, args.shift}, channel, smaller(channel + COUNT * PACK, k));
-  // An activation as it is stored, without its sign.
+  // An activation as it is compared.
   const auto value = [&](const T* at, int v) {
     Pair pair = widen(load_pack(at + v * PACK, lanes));
     for (int i = 0; i < 2; ++i) {
-      pair.v[i] = relu(fma(pair.v[i], vectors(0, v * PACK, i), vectors(1, v * PACK, i)));
+      pair.v[i] = ordered_relu(fma(pair.v[i], vectors(0, v * PACK, i), vectors(1, v * PACK, i)));
     }
-    Pack<T> stored = narrow(pair, T{});
-    for (auto& part : stored.v) part &= Storage<T>::SIGN - 1;
-    return stored;
+    return narrow(pair, T{});
   };
-  // The best of row r's three columns, of which `at` is the middle; `left`, the last column of the
+  // The best of a row's three columns, of which `at` is the middle; `left`, the last column of the
   // window before, moves on.
-  const auto row_best = [&](const T* at, bool has_right, int v, int r, Pack<T>& left) {
+  const auto row_best = [&](const T* at, bool has_right, int v, Pack<T>& left) {
     const Pack<T> middle = value(at, v), right = has_right ? value(at + k, v) : Pack<T>{};
-    const Best<T> best = Best<T>::of(left, 3 * r).or_later(Best<T>::of(middle, 3 * r + 1));
+    const Best<T> best = Best<T>::of(left, middle, right);
     left = right;
-    return best.or_later(Best<T>::of(right, 3 * r + 2));
+    return best;
   };
   const auto row_at = [&](int64_t row) { return y + (row * w + 2 * block.q) * k; };
   const auto column_before = [&](int64_t row, Pack<T>(&left)[COUNT]) {
@@ -144,7 +168,7 @@ void affine_act_maxpool_tile(const AffineActMaxpool& args, const Images& images,
     column_before(2 * block.p - 1, left);
     for (int64_t q = block.q; q < block.q_end; ++q, at += 2 * k) {
       for (int v = 0; v < COUNT; ++v) {
-        above[q - block.q][v] = row_best(at, 2 * q + 1 < w, v, 0, left[v]);
+        above[q - block.q][v] = row_best(at, 2 * q + 1 < w, v, left[v]);
       }
     }
   }
@@ -158,13 +182,12 @@ void affine_act_maxpool_tile(const AffineActMaxpool& args, const Images& images,
       const bool has_right = 2 * q + 1 < w;
       for (int v = 0; v < COUNT; ++v) {
         Best<T>& top = above[q - block.q][v];
-        Best<T> best = top.or_later(row_best(at, has_right, v, 1, left[v]));
+        Best<T> best = top.or_later(row_best(at, has_right, v, left[v]), 3);
         if (has_below) {
-          const Best<T> below = row_best(at + w * k, has_right, v, 2, lower_left[v]);
-          best = best.or_later(below);
-          top = below.moved(-6);
+          top = row_best(at + w * k, has_right, v, lower_left[v]);
+          best = best.or_later(top, 6);
         }
-        store_pack(z + offset + v * PACK, best.value, lanes);
+        store_pack(z + offset + v * PACK, best.stored(), lanes);
         store_bytes(index + offset + v * PACK, best.index(), lanes);
       }
     }
@@ -174,12 +197,15 @@ void affine_act_maxpool_tile(const AffineActMaxpool& args, const Images& images,
 template <class T>
 void affine_act_maxpool_kernel(const AffineActMaxpool& args) {
   const Images images(args);
-  const int64_t k = args.k, down = cdiv(images.p, BLOCK_P), across = cdiv(images.q, BLOCK_Q);
-  const int64_t count = images.n * down * across;
+  const int64_t k = args.k, across = cdiv(images.q, BLOCK_Q), columns = images.n * across;
+  if (columns * images.p == 0) return;
+  const int64_t parts = smaller(cdiv(TASKS, columns), cdiv(images.p, BLOCK_P));
+  const int64_t height = cdiv(images.p, parts), down = cdiv(images.p, height);
+  const int64_t count = columns * down;
 #pragma omp parallel for schedule(static) if (images.n * images.h * images.w * k > SERIAL)
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t p = i / across % down * BLOCK_P, q = i % across * BLOCK_Q;
-    const Windows block{i / across / down, p, smaller(p + BLOCK_P, images.p), q,
+    const int64_t p = i / across % down * height, q = i % across * BLOCK_Q;
+    const Windows block{i / across / down, p, smaller(p + height, images.p), q,
                         smaller(q + BLOCK_Q, images.q)};
     for_each_group(k, [&](int64_t channel, auto packs, auto lanes) {
       affine_act_maxpool_tile<T, packs()>(args, images, block, channel, lanes);
@@ -187,25 +213,29 @@ void affine_act_maxpool_kernel(const AffineActMaxpool& args) {
   }
 }
 
+/// `i`, or the nearest place to it in [0, count).
+int64_t inside(int64_t i, int64_t count) { return i < 0 ? 0 : smaller(i, count - 1); }
+
 /// The gradient of the pooled output at some windows, and which of their values it goes to.
 struct Pooled {
   Pair dz;
   VecBits place[2];
 
-  /// sum, and what goes to place `wanted` added.
-  Pair add(Pair sum, uint32_t wanted) const {
+  /// sum, and what goes to place `wanted` added, `weight` times.
+  Pair add(Pair sum, uint32_t wanted, const Pair& weight) const {
     for (int h = 0; h < 2; ++h) {
-      sum.v[h] = place[h] == wanted ? sum.v[h] + dz.v[h] : sum.v[h];
+      sum.v[h] = place[h] == wanted ? fma(weight.v[h], dz.v[h], sum.v[h]) : sum.v[h];
     }
     return sum;
   }
 };
 
-/// g of rows 2p and 2p + 1, where p is a row of windows: body(row, column, v, g) is called on each
-/// pack of them.
-template <class T, int COUNT, class Args, class Lanes, class Body>
+/// Of rows 2p and 2p + 1, where p is a row of windows: calls end(row, column, v, sum) on each pack,
+/// sum being begin(row, column, v) + weight(v) * g.
+template <class T, int COUNT, class Args, class Lanes, class Weight, class Begin, class End>
 void for_each_gradient(const Args& args, const Images& images, const Windows& block,
-                       int64_t channel, Lanes lanes, const Body& body) {
+                       int64_t channel, Lanes lanes, const Weight& weight, const Begin& begin,
+                       const End& end) {
   const int64_t k = args.k, p = block.p;
   const int64_t start = block.image * images.p * images.q * k + channel;
   const T* dz = static_cast<const T*>(args.dz) + start;
@@ -215,7 +245,7 @@ void for_each_gradient(const Args& args, const Images& images, const Windows& bl
     const int64_t offset = (row * images.q + column) * k + v * PACK;
     Pooled result;
     result.dz = widen(load_pack(dz + offset, lanes));
-    load_bytes<T>(index + offset, result.place, lanes);
+    widen_integers(load_bytes<T>(index + offset, lanes), result.place);
     return result;
   };
   Pooled nothing{};
@@ -230,16 +260,22 @@ void for_each_gradient(const Args& args, const Images& images, const Windows& bl
   }
   for (int64_t q = block.q; q < block.q_end; ++q) {
     const bool window_right = q + 1 < images.q, column_right = 2 * q + 1 < images.w;
+#pragma GCC unroll 2  // here and below stay in registers
     for (int v = 0; v < COUNT; ++v) {
       const Pooled right = window_right ? pooled(p, q + 1, v) : nothing;
       const Pooled across = window_right && window_below ? pooled(p + 1, q + 1, v) : nothing;
-      body(2 * p, 2 * q, v, here[v].add({}, 4));
-      if (column_right) body(2 * p, 2 * q + 1, v, right.add(here[v].add({}, 5), 3));
+      const Pair w = weight(v);
+      end(2 * p, 2 * q, v, here[v].add(begin(2 * p, 2 * q, v), 4, w));
+      if (column_right) {
+        const Pair sum = here[v].add(begin(2 * p, 2 * q + 1, v), 5, w);
+        end(2 * p, 2 * q + 1, v, right.add(sum, 3, w));
+      }
       if (row_below) {
-        body(2 * p + 1, 2 * q, v, below[v].add(here[v].add({}, 7), 1));
+        const Pair sum = here[v].add(begin(2 * p + 1, 2 * q, v), 7, w);
+        end(2 * p + 1, 2 * q, v, below[v].add(sum, 1, w));
         if (column_right) {
-          const Pair g = right.add(here[v].add({}, 8), 6);
-          body(2 * p + 1, 2 * q + 1, v, across.add(below[v].add(g, 2), 0));
+          const Pair upper = right.add(here[v].add(begin(2 * p + 1, 2 * q + 1, v), 8, w), 6, w);
+          end(2 * p + 1, 2 * q + 1, v, across.add(below[v].add(upper, 2, w), 0, w));
         }
       }
       here[v] = right;
@@ -261,38 +297,117 @@ struct Rows {
   }
 };
 
+/// The sums of one pack of channels over a part of the image, added to those of the tile.
+struct PooledSums {
+  Pair g, gy;
+
+  void add(const Pair& gradient, const Pair& value, const Pair& mean) {
+    for (int h = 0; h < 2; ++h) {
+      g.v[h] += gradient.v[h];
+      gy.v[h] = fma(gradient.v[h], value.v[h] - mean.v[h], gy.v[h]);
+    }
+  }
+
+  void store(float* sum_g, float* sum_gy, bool begins) const {
+    for (int h = 0; h < 2; ++h) {
+      float *const to_g = sum_g + h * LANES, *const to_gy = sum_gy + h * LANES;
+      cpu::RESNET_FAST_NAMESPACE::store(to_g, begins ? g.v[h] : load(to_g) + g.v[h]);
+      cpu::RESNET_FAST_NAMESPACE::store(to_gy, begins ? gy.v[h] : load(to_gy) + gy.v[h]);
+    }
+  }
+};
+
+/// The sums over a row of windows, window by window: dz goes to one value of y, which is picked out
+/// of nine as it is stored. False, and no sums, if a value of y is not finite: then 0 * y is not 0.
+/// For a pack that is one vector: of two, the gather's fewer loads count for more.
+template <class T, int COUNT, class Lanes>
+bool sum_windows(const MaxpoolBackwardSums& args, const Images& images, const Windows& block,
+                 int64_t channel, Lanes lanes, const Group<T, 1>& mean, PooledSums (&sums)[COUNT]) {
+  using S = Storage<T>;
+  const int64_t k = args.k, p = block.p;
+  const int64_t start = (block.image * images.p + p) * images.q * k + channel;
+  const T* dz = static_cast<const T*>(args.dz) + start;
+  const uint8_t* index = args.index + start;
+  // No index points outside the image: whatever is read there instead.
+  const T* y = static_cast<const T*>(args.y) + block.image * images.h * images.w * k + channel;
+  const T* rows[3];
+  for (int r = 0; r < 3; ++r) rows[r] = y + inside(2 * p - 1 + r, images.h) * images.w * k;
+  Pack<T> largest[COUNT] = {};
+  for (int64_t q = block.q; q < block.q_end; ++q) {
+    int64_t columns[3];
+    for (int s = 0; s < 3; ++s) columns[s] = inside(2 * q - 1 + s, images.w) * k;
+    for (int v = 0; v < COUNT; ++v) {
+      const Pack<T> place = load_bytes<T>(index + q * k + v * PACK, lanes);
+      Pack<T> gradient = load_pack(dz + q * k + v * PACK, lanes), value;
+      for (int at = 0; at < 9; ++at) {
+        const Pack<T> y_at = load_pack(rows[at / 3] + columns[at % 3] + v * PACK, lanes);
+        for (int i = 0; i < S::PARTS; ++i) {
+          const auto here = typename S::Part{} + static_cast<typename S::Bits>(at);
+          value.v[i] = at == 0 || place.v[i] == here ? y_at.v[i] : value.v[i];
+          if (at / 3 == 0 || at % 3 == 0) continue;  // seen in another window
+          const auto magnitude =
+              (typename S::Signed)(y_at.v[i] & static_cast<typename S::Bits>(S::SIGN - 1));
+          const auto most = (typename S::Signed)largest[v].v[i];
+          largest[v].v[i] = (typename S::Part)(magnitude > most ? magnitude : most);
+        }
+      }
+      for (int i = 0; i < S::PARTS; ++i) {
+        const auto blocked = typename S::Part{} + static_cast<typename S::Bits>(BLOCKED);
+        gradient.v[i] = place.v[i] == blocked ? typename S::Part{} : gradient.v[i];
+      }
+      sums[v].add(widen(gradient), widen(value), {{mean(0, v * PACK, 0), mean(0, v * PACK, 1)}});
+    }
+  }
+  bool finite = true;
+  for (const Pack<T>& pack : largest) {
+    for (const auto& part : pack.v) {
+      for (size_t i = 0; i < sizeof part / sizeof(T); ++i) finite &= part[i] < S::INF;
+    }
+  }
+  return finite;
+}
+
+/// The same, value by value of y, each with all of its gradient.
+template <class T, int COUNT, class Lanes>
+void sum_values(const MaxpoolBackwardSums& args, const Images& images, const Windows& block,
+                int64_t channel, Lanes lanes, const Group<T, 1>& mean, PooledSums (&sums)[COUNT]) {
+  const T* y = static_cast<const T*>(args.y) + block.image * images.h * images.w * args.k + channel;
+  const auto weight = [](int)
+                          __attribute__((always_inline)) { return Pair{{Vec{} + 1, Vec{} + 1}}; };
+  const auto begin = [](int64_t, int64_t, int) __attribute__((always_inline)) { return Pair{}; };
+  const auto end = [&, w = images.w, k = args.k](int64_t row, int64_t column, int v,
+                                                 const Pair& g) __attribute__((always_inline)) {
+    const Pair value = widen(load_pack(y + (row * w + column) * k + v * PACK, lanes));
+    sums[v].add(g, value, {{mean(0, v * PACK, 0), mean(0, v * PACK, 1)}});
+  };
+  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, weight, begin, end);
+}
+
 // sum_g = sum(g);  sum_gy = sum(g * (y - mean));  g = sum of the dz whose index points at y
 // Shapes    dz, index (N, P, Q, K), y (N, H, W, K) channels-last; mean, sums (K,) fp32; workspace
 //           (2, tiles, padded(K)) fp32
 // Tiles     some rows of at most BLOCK_Q windows, as many as leave no more tiles than bn_workspace
-//           has row blocks; each value takes from the four windows around it, none scatters
-// Traffic   reads dz, index, y: NPQK * (itemsize + 1) + NHWK * itemsize; a row of dz and of index
-//           is read again, from a cache, for the row of windows below
+//           has row blocks
+// Traffic   reads dz, index, y: NPQK * (itemsize + 1) + NHWK * itemsize; an odd row of y is read
+//           again, from a cache, for the row of windows below
 // Numerics  fp32 sums over a row, rows and tiles merged in order, tiles in double
 // Source    ops.maxpool_backward_sums; docs/bn_act.md
 template <class T, int COUNT, class Lanes>
 void maxpool_backward_sums_tile(const MaxpoolBackwardSums& args, const Images& images,
                                 const Windows& block, int64_t channel, Lanes lanes, bool begins,
                                 float* sum_g, float* sum_gy) {
-  const T* y = static_cast<const T*>(args.y) + block.image * images.h * images.w * args.k + channel;
-  const int64_t last = smaller(channel + COUNT * PACK, args.k);
-  const Group<T, 1> vectors({args.mean}, channel, last);
-  Pair g_sums[COUNT] = {}, gy_sums[COUNT] = {};
-  const auto body = [&, w = images.w, k = args.k](int64_t row, int64_t column, int v,
-                                                  const Pair& g) __attribute__((always_inline)) {
-    const Pair value = widen(load_pack(y + (row * w + column) * k + v * PACK, lanes));
-    for (int h = 0; h < 2; ++h) {
-      g_sums[v].v[h] += g.v[h];
-      gy_sums[v].v[h] = fma(g.v[h], value.v[h] - vectors(0, v * PACK, h), gy_sums[v].v[h]);
-    }
-  };
-  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, body);
+  const Group<T, 1> mean({args.mean}, channel, smaller(channel + COUNT * PACK, args.k));
+  PooledSums sums[COUNT] = {};
+  bool summed = false;
+  if constexpr (Storage<T>::PARTS == 1) {
+    summed = sum_windows<T, COUNT>(args, images, block, channel, lanes, mean, sums);
+  }
+  if (!summed) {
+    for (PooledSums& sum : sums) sum = {};
+    sum_values<T, COUNT>(args, images, block, channel, lanes, mean, sums);
+  }
   for (int v = 0; v < COUNT; ++v) {
-    for (int h = 0; h < 2; ++h) {
-      const int64_t at = channel + v * PACK + h * LANES;
-      store(sum_g + at, begins ? g_sums[v].v[h] : load(sum_g + at) + g_sums[v].v[h]);
-      store(sum_gy + at, begins ? gy_sums[v].v[h] : load(sum_gy + at) + gy_sums[v].v[h]);
-    }
+    sums[v].store(sum_g + channel + v * PACK, sum_gy + channel + v * PACK, begins);
   }
 }
 
@@ -320,29 +435,44 @@ void maxpool_backward_sums_kernel(const MaxpoolBackwardSums& args) {
 // Shapes    dz, index (N, P, Q, K), y, dy (N, H, W, K) channels-last; mean, a, b, c (K,) fp32
 // Tiles     rows of at most BLOCK_Q windows, shared out to the threads
 // Traffic   reads dz, index, y, writes dy: NPQK * (itemsize + 1) + 2 * NHWK * itemsize
-// Numerics  fp32 from load to store; one rounding, at the store
+// Numerics  fp32 from load to store; one rounding, at the store. Of 16-bit values, whose own
+// rounding
+//           is coarser by far, c - b * mean is one constant
 // Source    ops.maxpool_backward_apply; docs/bn_act.md
 template <class T, int COUNT, class Lanes>
 void maxpool_backward_apply_tile(const MaxpoolBackwardApply& args, const Images& images,
                                  const Windows& block, int64_t channel, Lanes lanes) {
+  constexpr bool MERGED = sizeof(T) == 2;
+  enum { MEAN, A, B, C };
   const int64_t first = block.image * images.h * images.w * args.k + channel;
   const T* y = static_cast<const T*>(args.y) + first;
   T* dy = static_cast<T*>(args.dy) + first;
-  const Group<T, 4> vectors({args.mean, args.a, args.b, args.c}, channel,
-                            smaller(channel + COUNT * PACK, args.k));
-  const auto body = [&, w = images.w, k = args.k](int64_t row, int64_t column, int v,
-                                                  const Pair& g) __attribute__((always_inline)) {
-    const int64_t offset = (row * w + column) * k + v * PACK;
-    const Pair value = widen(load_pack(y + offset, lanes));
-    Pair result;
-    for (int h = 0; h < 2; ++h) {
-      const Vec centred = value.v[h] - vectors(0, v * PACK, h);
-      const Vec rest = fma(vectors(2, v * PACK, h), centred, vectors(3, v * PACK, h));
-      result.v[h] = fma(vectors(1, v * PACK, h), g.v[h], rest);
-    }
-    store_pack(dy + offset, narrow(result, T{}), lanes);
+  Group<T, 4> vectors({args.mean, args.a, args.b, args.c}, channel,
+                      smaller(channel + COUNT * PACK, args.k));
+  for (int i = 0; i < COUNT * PACK; ++i) {
+    // a * g is left out where g = 0, which is right unless a is not finite.
+    double c = vectors.values[C][i] + double{vectors.values[A][i]} * 0;
+    if (MERGED) c -= double{vectors.values[B][i]} * vectors.values[MEAN][i];
+    vectors.values[C][i] = static_cast<float>(c);
+  }
+  const auto weight = [&](int v) __attribute__((always_inline)) {
+    return Pair{{vectors(A, v * PACK, 0), vectors(A, v * PACK, 1)}};
   };
-  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, body);
+  const auto begin = [&, w = images.w, k = args.k](int64_t row, int64_t column,
+                                                   int v) __attribute__((always_inline)) {
+    Pair rest = widen(load_pack(y + (row * w + column) * k + v * PACK, lanes));
+    for (int h = 0; h < 2; ++h) {
+      if (!MERGED) rest.v[h] -= vectors(MEAN, v * PACK, h);
+      rest.v[h] = fma(vectors(B, v * PACK, h), rest.v[h], vectors(C, v * PACK, h));
+    }
+    return rest;
+  };
+  const auto end =
+      [&, w = images.w, k = args.k](int64_t row, int64_t column, int v, const Pair& result)
+          __attribute__((always_inline)) {
+            store_pack(dy + (row * w + column) * k + v * PACK, narrow(result, T{}), lanes);
+          };
+  for_each_gradient<T, COUNT>(args, images, block, channel, lanes, weight, begin, end);
 }
 
 template <class T>

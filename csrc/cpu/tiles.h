@@ -15,6 +15,11 @@ namespace {
 // channels are read from end to end: the prefetchers follow, and the sums stay in L1.
 constexpr int64_t BLOCK_NPQ = 256;
 constexpr int64_t BLOCK_K = 512;
+// Where a matrix is written, too, rows of this many bytes or more are gone through whole, up to
+// this many channels, and one at a time: of half a page or of rows side by side the prefetchers
+// would have to find three streams anew, again and again.
+constexpr int64_t WRITE_BYTES = 512;
+constexpr int64_t WRITE_K = 2048;
 // Blocks of rows come in multiples of this many, all alike, so that two, four or eight threads have
 // the same work; and rows in multiples of READ_ROWS.
 constexpr int64_t SHARES = 8;
@@ -34,9 +39,9 @@ struct Tile {
   int64_t index, row, row_end, channel, channel_end;
 };
 
-/// An (npq, k) matrix cut into tiles.
+/// An (npq, k) matrix cut into tiles of `width` channels. Sums do not depend on the width.
 struct Tiles {
-  int64_t npq, k;
+  int64_t npq, k, width = BLOCK_K;
 
   /// Rows of every block but the last.
   int64_t height() const {
@@ -44,14 +49,14 @@ struct Tiles {
     return npq > 0 ? cdiv(cdiv(npq, blocks), READ_ROWS) * READ_ROWS : READ_ROWS;
   }
   int64_t row_blocks() const { return cdiv(npq, height()); }
-  int64_t channel_blocks() const { return cdiv(k, BLOCK_K); }
+  int64_t channel_blocks() const { return cdiv(k, width); }
   int64_t rows(int64_t index) const { return smaller(height(), npq - index * height()); }
 
   Tile operator[](int64_t i) const {
     const int64_t index = i / channel_blocks();
     const int64_t row = index * height();
-    const int64_t channel = i % channel_blocks() * BLOCK_K;
-    return {index, row, row + rows(index), channel, smaller(channel + BLOCK_K, k)};
+    const int64_t channel = i % channel_blocks() * width;
+    return {index, row, row + rows(index), channel, smaller(channel + width, k)};
   }
 };
 

@@ -225,6 +225,11 @@ RESNET_FAST_INLINE Pack<bfloat16> narrow(const Pair& pair, bfloat16) {
   const VecBits even = (VecBits)pair.v[0], odd = (VecBits)pair.v[1];
   const VecWide upper = (VecWide)(even >> 16 | (odd & 0xffff0000));
   const VecWide lower = (VecWide)((even & 0xffff) | odd << 16);
+#if defined(__AVX512BW__)
+  const __m512i up = (__m512i)upper, sticky = (__m512i)(lower | (upper & 1));
+  const __mmask32 carry = _mm512_cmpgt_epu16_mask(sticky, _mm512_set1_epi16(INT16_MIN));
+  return {{(VecWide)_mm512_mask_sub_epi16(up, carry, up, _mm512_set1_epi16(-1))}};
+#endif
   return {{upper + (average(lower, (upper & 1) | 0x7ffe) >> 15)}};
 }
 
@@ -361,44 +366,72 @@ RESNET_FAST_INLINE uint32_t active_bits(const Pack<T>& gate) {
 
 // Bytes, one to a channel.
 
-/// Bytes as 32-bit integers, in the order of widen().
+/// Bytes as integers of the storage type's size.
 template <class T>
-RESNET_FAST_INLINE void widen_bytes(const uint8_t (&bytes)[PACK], VecBits (&out)[2]) {
-  if constexpr (Storage<T>::PARTS == 1) {
+RESNET_FAST_INLINE Pack<T> widen_bytes(const uint8_t (&bytes)[PACK]) {
+  using Part = typename Storage<T>::Part;
+  constexpr int COUNT = PACK / Storage<T>::PARTS;
+  Pack<T> pack;
+  for (int i = 0; i < Storage<T>::PARTS; ++i) {
+    const uint8_t* p = bytes + i * COUNT;
 #if defined(__AVX512F__)
-    const VecBits wide = (VecBits)_mm512_cvtepu8_epi16(load_bits<__m256i>(bytes));
+    if constexpr (sizeof(T) == 4) {
+      pack.v[i] = (Part)_mm512_maskz_cvtepu8_epi32(ALL_LANES, load_bits<__m128i>(p));
+    } else if constexpr (COUNT == PACK) {
+      pack.v[i] = (Part)_mm512_cvtepu8_epi16(load_bits<__m256i>(p));
+    } else {
+      pack.v[i] = (Part)_mm256_cvtepu8_epi16(load_bits<__m128i>(p));
+    }
 #elif defined(__AVX2__)
-    const VecBits wide = (VecBits)_mm256_cvtepu8_epi16(load_bits<__m128i>(bytes));
+    if constexpr (sizeof(T) == 4) {
+      pack.v[i] = (Part)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load_bits<int64_t>(p)));
+    } else if constexpr (COUNT == PACK) {
+      pack.v[i] = (Part)_mm256_cvtepu8_epi16(load_bits<__m128i>(p));
+    } else {
+      pack.v[i] = (Part)_mm_cvtepu8_epi16(_mm_cvtsi64_si128(load_bits<int64_t>(p)));
+    }
 #else
-    const VecBits wide = (VecBits) __builtin_convertvector(load_bits<PackByte>(bytes), VecWide);
+    if constexpr (COUNT == PACK) {
+      pack.v[i] = __builtin_convertvector(load_bits<PackByte>(p), Part);
+    } else {
+      pack.v[i] = __builtin_convertvector(load_bits<VecByte>(p), Part);
+    }
 #endif
-    out[0] = wide & 0xffff;
-    out[1] = wide >> 16;
+  }
+  return pack;
+}
+
+template <class T>
+RESNET_FAST_INLINE Pack<T> load_bytes(const uint8_t* p, All) {
+  return widen_bytes<T>(*reinterpret_cast<const uint8_t (*)[PACK]>(p));
+}
+
+template <class T>
+RESNET_FAST_INLINE Pack<T> load_bytes(const uint8_t* p, First lanes) {
+  uint8_t bytes[PACK] = {};
+  __builtin_memcpy(bytes, p, lanes.n);
+  return widen_bytes<T>(bytes);
+}
+
+/// A pack's integers as 32-bit ones, in the order of widen().
+template <class T>
+RESNET_FAST_INLINE void widen_integers(const Pack<T>& pack, VecBits (&out)[2]) {
+  if constexpr (sizeof(T) == 4) {
+    for (int h = 0; h < 2; ++h) out[h] = pack.v[h];
+  } else if constexpr (Storage<T>::PARTS == 1) {
+    out[0] = (VecBits)pack.v[0] & 0xffff;
+    out[1] = (VecBits)pack.v[0] >> 16;
   } else {
     for (int h = 0; h < 2; ++h) {
 #if defined(__AVX512F__)
-      const __m128i part = load_bits<__m128i>(bytes + h * LANES);
-      out[h] = (VecBits)_mm512_maskz_cvtepu8_epi32(ALL_LANES, part);
+      out[h] = (VecBits)_mm512_maskz_cvtepu16_epi32(ALL_LANES, (__m256i)pack.v[h]);
 #elif defined(__AVX2__)
-      const __m128i part = _mm_cvtsi64_si128(load_bits<int64_t>(bytes + h * LANES));
-      out[h] = (VecBits)_mm256_cvtepu8_epi32(part);
+      out[h] = (VecBits)_mm256_cvtepu16_epi32((__m128i)pack.v[h]);
 #else
-      out[h] = __builtin_convertvector(load_bits<VecByte>(bytes + h * LANES), VecBits);
+      out[h] = __builtin_convertvector(pack.v[h], VecBits);
 #endif
     }
   }
-}
-
-template <class T>
-RESNET_FAST_INLINE void load_bytes(const uint8_t* p, VecBits (&out)[2], All) {
-  widen_bytes<T>(*reinterpret_cast<const uint8_t (*)[PACK]>(p), out);
-}
-
-template <class T>
-RESNET_FAST_INLINE void load_bytes(const uint8_t* p, VecBits (&out)[2], First lanes) {
-  uint8_t bytes[PACK] = {};
-  __builtin_memcpy(bytes, p, lanes.n);
-  widen_bytes<T>(bytes, out);
 }
 
 /// The lowest byte of each lane of a pack's parts.

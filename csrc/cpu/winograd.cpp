@@ -6,11 +6,10 @@
 // With d an (A x A) patch of the input, A = M + 2, and g a filter, the tile of outputs is
 //   Y = At [ (G g Gt) * (Bt d B) ] A,   * elementwise, summed over the input channels:
 // A^2 matrix products (tiles, C) x (C, K). docs/conv.md has the matrices.
-#include <omp.h>
-
 #include <type_traits>
 
 #include "isa.h"
+#include "queue.h"
 #include "tiles.h"
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
@@ -32,6 +31,8 @@ constexpr int PIECE = 8;
 constexpr double EXPAND = 0.4;
 // What it costs to transform a row block's channels, in panels multiplied with it.
 constexpr double TRANSFORM = 0.1;
+// Units of work for each thread: what one has left, another may take.
+constexpr int64_t UNITS = 8;
 
 /// The transforms along one axis, on vectors of channels.
 template <int M>
@@ -88,7 +89,8 @@ struct Place {
   }
 };
 
-/// How the work is cut: `blocks` of at most `rows` row blocks each, times `groups` of panels.
+/// How the work is cut: `blocks` of at most `rows` row blocks each, times `groups` of panels. All
+/// groups of a block stand together in the order of units.
 struct Cut {
   int64_t row_blocks, rows, blocks, groups;
 };
@@ -101,14 +103,16 @@ Cut cut(int64_t tiles, int64_t c, int64_t k, int64_t threads, int area) {
   double least = 0;
   for (int64_t rows = most; rows >= 1; --rows) {
     const int64_t blocks = cdiv(row_blocks, rows);
-    for (int64_t groups = 1; groups <= smaller(panels, threads); ++groups) {
-      const double turns = static_cast<double>(cdiv(blocks * groups, threads));
-      const double width = static_cast<double>(cdiv(panels, groups));
-      const double time = turns * (width * (rows + EXPAND) + rows * TRANSFORM);
-      if (best.rows == 0 || time < least) {
-        least = time;
-        best = {row_blocks, rows, blocks, groups};
-      }
+    const int64_t groups = smaller(cdiv(UNITS * threads, blocks), panels);
+    const double turns = static_cast<double>(cdiv(blocks * groups, threads));
+    const double unit = static_cast<double>(cdiv(panels, groups)) * (rows + EXPAND);
+    const double share = static_cast<double>(blocks) / static_cast<double>(threads);
+    // Behind its last unit a thread waits for the others'.
+    const double time = (turns + (threads > 1 ? 0.5 : 0)) * unit +
+                        (share < 1 ? 1 : share) * static_cast<double>(rows) * TRANSFORM;
+    if (best.rows == 0 || time < least) {
+      least = time;
+      best = {row_blocks, rows, blocks, groups};
     }
   }
   return best;
@@ -375,12 +379,12 @@ void transform_output(const WinogradConv& args, const Grid<M>& grid, int64_t fir
 // z = act(At [ (G g Gt) * (Bt d B) ] A + shift + residual), d the patches of x
 // Shapes    x (N, H, W, C), residual, z (N, H, W, K) channels-last; u (panels, padded(C), 9, PACK)
 //           fp32, a panel PACK output channels; shift (K,) fp32
-// Tiles     some row blocks of at most ROWS tiles, times a group of panels; in it panels in turn,
+// Tiles     some row blocks of at most ROWS tiles, times a group of panels: a unit; in it panels,
 //           CHUNK input channels of filters, row blocks, A^2 parts; see cut()
 // Traffic   reads x (A / M)^2 times, mostly from caches, u once per block of row blocks, writes z
 // Numerics  fp32 from load to store; sums over C in order, one rounding, at the store
-// Source    docs/conv.md entries 15 to 23; Lavin and Gray, Fast Algorithms for Convolutional Neural
-//           Networks, 2015
+// Source    docs/conv.md entries 15 to 23, 30; Lavin and Gray, Fast Algorithms for Convolutional
+//           Neural Networks, 2015
 template <int M, class T>
 void winograd_conv_kernel(const WinogradConv& args) {
   const Grid<M> grid(args);
@@ -390,15 +394,15 @@ void winograd_conv_kernel(const WinogradConv& args) {
   const Cut& work = layout.work;
   const int64_t tiles = grid.count(), c = padded(args.c), panels = cdiv(args.k, PACK);
   const int64_t count = work.blocks * work.groups;
-#pragma omp parallel for schedule(static) num_threads(args.threads) if (count > 1)
-  for (int64_t task = 0; task < count; ++task) {
-    float* workspace = args.workspace + omp_get_thread_num() * layout.size();
-    const int64_t block = task / work.groups, group = task % work.groups;
+  const auto run = [&](int64_t unit, int64_t before, int64_t thread) {
+    float* workspace = args.workspace + Queue::size(args.threads) + thread * layout.size();
+    const int64_t block = unit / work.groups, group = unit % work.groups;
     const int64_t first = block * work.row_blocks / work.blocks;
     const int64_t last = (block + 1) * work.row_blocks / work.blocks;
+    const bool held = before >= 0 && before / work.groups == block;
     // The first tile of a row block: they are all alike, but for one tile.
     const auto tile = [&](int64_t i) { return i * tiles / work.row_blocks; };
-    for (int64_t i = first; i < last; ++i) {
+    for (int64_t i = first; i < last && !held; ++i) {
       transform_input<M, T>(args, grid, tile(i), tile(i + 1) - tile(i),
                             layout.inputs(workspace, i - first));
     }
@@ -430,7 +434,8 @@ void winograd_conv_kernel(const WinogradConv& args) {
         }
       }
     }
-  }
+  };
+  for_each_unit(count, args.workspace, args.threads, run);
 }
 
 // u[panel, c, tap, k] = w[k, c, tap], halved in the middle row and in the middle column
@@ -472,7 +477,7 @@ void winograd_weight_kernel(const WinogradWeight& args) {
 }
 
 int64_t winograd_workspace(const WinogradConv& args) {
-  return args.threads * Layout<2>(args).size();
+  return Queue::size(args.threads) + args.threads * Layout<2>(args).size();
 }
 
 void winograd_conv(const WinogradConv& args) {

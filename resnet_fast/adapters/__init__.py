@@ -16,6 +16,7 @@ from torch import nn
 from ..plan import NORMS, BlockPlan, HostPlan
 from . import (
     cifar,
+    densenet,
     detectron2,
     ours,
     segmentation_models_pytorch,
@@ -29,7 +30,7 @@ from .common import Adapter, Alone
 
 __all__ = ["Adapter", "Unfit", "look", "register", "trace"]
 
-_FAMILIES = (ours, torchvision, timm, transformers, segmentation_models_pytorch, detectron2)
+_FAMILIES = (ours, torchvision, timm, transformers, segmentation_models_pytorch, detectron2, densenet)
 
 #: Qualified class name -> adapter.
 _LIBRARIES: dict[str, Adapter] = {name: adapter for family in _FAMILIES for name, adapter in family.ADAPTERS.items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..plan import BlockPlan, Check, ConvBnPath, HostPlan, Join, Norm, Opaque, Part, Refusal, is_idle
+from ..plan import BlockPlan, Check, ConvBnPath, HostPlan, Join, Norm, NormAct, Opaque, Part, Refusal, is_idle
 
 __all__ = [
     "Adapter",
@@ -23,6 +23,7 @@ __all__ = [
     "HostPlan",
     "Join",
     "Norm",
+    "NormAct",
     "Opaque",
     "Part",
     "residual",

@@ -1,7 +1,8 @@
 """Finding in a torch.fx graph what can be fused: runs, chains of them, and the sums that join two branches.
 
 A run is a convolution, its batch norm and, if there is one, the ReLU behind it, each the only user of the one before. A
-part takes the place of its last node: nothing between its nodes may write over what it reads.
+batch norm behind anything else makes a pair with its ReLU. A part takes the place of its last node: nothing between its
+nodes may write over what it reads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ _SUMS = (operator.add, operator.iadd, torch.add)
 
 
 class Found(NamedTuple):
-    """A chain or a join in a graph. ``layers`` is empty for a join; ``residual``: the node of a "given" shortcut."""
+    """A chain, a join or a pair in a graph. ``layers`` is empty for the latter two.
+
+    ``norm``: the path of a pair's norm; ``residual``: the node of a "given" shortcut.
+    """
 
     layers: tuple[ConvBnPath, ...]
     shortcut: ConvBnPath | str | None
@@ -32,6 +36,7 @@ class Found(NamedTuple):
     nodes: tuple[fx.Node, ...]
     idle: tuple[str, ...]
     act: str | bool = False
+    norm: str = ""
 
     @property
     def end(self) -> fx.Node:
@@ -68,6 +73,11 @@ def find_parts(module: nn.Module, graph: fx.Graph) -> list[Found]:
     for chain in chains:
         if not taken & set(chain.nodes) and _undisturbed(module, chain, order):
             parts.append(chain)
+            taken.update(chain.nodes)
+    for node in graph.nodes:
+        pair = _pair(module, node) if node not in taken else None
+        if pair is not None and _undisturbed(module, pair, order):
+            parts.append(pair)
     return sorted(parts, key=lambda p: order[p.end])
 
 
@@ -118,23 +128,41 @@ def _run(module: nn.Module, conv: fx.Node) -> Found | None:
     norm = None if m is None else norm_of(type(m))
     if bn is None or norm is None:
         return None
-    nodes, idle = [conv, *passed, bn], _paths(passed)
-    act: str | bool = False
-    if norm.inner:
-        idle += (f"{bn.target}.drop",)
-        if type(find(module, f"{bn.target}.act")) is nn.ReLU:
-            act = f"{bn.target}.act"
-        else:
-            idle += (f"{bn.target}.act",)
-    if act is False:
-        passed = []
-        behind = _next(module, bn, passed)
-        act = _relu(module, behind)
-        if act is not False and behind is not None:
-            nodes, idle = [*nodes, *passed, behind], idle + _paths(passed)
+    act, behind, idle = _act(module, bn, norm.inner)
+    nodes, idle = [conv, *passed, bn, *behind], _paths(passed) + idle
     layer = ConvBnPath(str(conv.target), str(bn.target), act)
     assert isinstance(conv.args[0], fx.Node)
     return Found((layer,), None, conv.args[0], None, tuple(nodes), idle)
+
+
+def _act(module: nn.Module, bn: fx.Node, inner: bool) -> tuple[str | bool, list[fx.Node], tuple[str, ...]]:
+    """The ReLU behind ``bn``, its own or the next node: its path or whether it is there; the nodes; what is idle."""
+    idle: tuple[str, ...] = ()
+    if inner:
+        idle = (f"{bn.target}.drop",)
+        if type(find(module, f"{bn.target}.act")) is nn.ReLU:
+            return f"{bn.target}.act", [], idle
+        idle += (f"{bn.target}.act",)
+    passed: list[fx.Node] = []
+    behind = _next(module, bn, passed)
+    act = _relu(module, behind)
+    if act is False or behind is None:
+        return False, [], idle
+    return act, [*passed, behind], idle + _paths(passed)
+
+
+def _pair(module: nn.Module, bn: fx.Node) -> Found | None:
+    """The batch norm ``bn`` and its ReLU."""
+    m = _of(module, bn)
+    norm = None if m is None else norm_of(type(m))
+    if norm is None:
+        return None
+    act, nodes, idle = _act(module, bn, norm.inner)
+    inner_act = isinstance(act, str) and act.startswith(f"{bn.target}.")
+    if act is False or norm.inner != inner_act:
+        return None
+    assert isinstance(bn.args[0], fx.Node)
+    return Found((), None, bn.args[0], None, (bn, *nodes), idle, act, str(bn.target))
 
 
 def _chains(module: nn.Module, graph: fx.Graph) -> list[Found]:

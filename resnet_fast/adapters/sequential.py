@@ -1,6 +1,6 @@
 """Modules that call their children in order: nn.Sequential, and what returns some outputs on the way.
 
-Their runs of convolution, batch norm and, if there are, ReLU and the 3x3/2 max-pool.
+Their runs of convolution, batch norm and, if there are, ReLU and the 3x3/2 max-pool; batch norm and ReLU by themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..plan import Refusal, norm_of
-from .common import BlockPlan, ConvBnPath, HostPlan, Part
+from .common import BlockPlan, ConvBnPath, HostPlan, NormAct, Part
 
 _ACTIVATIONS = nn.ReLU.__module__
 
@@ -36,7 +36,7 @@ def children(
     a child's output what is returned of it.
     """
     items = [(name, child) for name, child in module._modules.items() if child is not None]
-    parts: list[BlockPlan] = []
+    parts: list[BlockPlan | NormAct] = []
     steps: list[tuple[int | str, str]] = []  # a part's number or a child's name, and the name of its last child
     left: list[str] = []
     kept = frozenset(keep or ())
@@ -51,8 +51,11 @@ def children(
         steps.append((len(parts), items[i + length - 1][0]))
         parts.append(plan)
         i += length
-        if plan.layers[0].act is False and i < len(items) and type(items[i][1]).__module__ == _ACTIVATIONS:
-            left.append(f"{items[i][0]} ({type(items[i][1]).__name__}; supported is ReLU)")
+        bare = isinstance(plan, BlockPlan) and plan.layers[0].act is False
+        if bare and i < len(items) and type(items[i][1]).__module__ == _ACTIVATIONS:
+            left.append(
+                f"{items[i][0]} ({type(items[i][1]).__name__}; supported is ReLU; the convolution and its norm are one)"
+            )
     if not parts:
         return None
     names = tuple(module._modules)
@@ -74,8 +77,16 @@ def children(
     return HostPlan("sequence", tuple(parts), method, forward, ", ".join(left))
 
 
-def _run(items: list[tuple[str, Any]], kept: frozenset[str]) -> tuple[BlockPlan, int] | None:
+def _run(items: list[tuple[str, Any]], kept: frozenset[str]) -> tuple[BlockPlan | NormAct, int] | None:
     """The run that begins with the first of ``items``, and its length; no output in ``kept`` stays inside."""
+    first = norm_of(type(items[0][1]))
+    if first is not None:
+        bn = items[0][0]
+        if first.inner:
+            return (NormAct(bn, f"{bn}.act"), 1) if type(items[0][1].act) is nn.ReLU else None
+        if bn in kept or len(items) < 2 or type(items[1][1]) is not nn.ReLU:
+            return None
+        return NormAct(bn, items[1][0]), 2
     if len(items) < 2 or type(items[0][1]) is not nn.Conv2d or items[0][0] in kept:
         return None
     norm = norm_of(type(items[1][1]))
@@ -83,7 +94,9 @@ def _run(items: list[tuple[str, Any]], kept: frozenset[str]) -> tuple[BlockPlan,
         return None
     conv, bn = items[0][0], items[1][0]
     if norm.inner:
-        return BlockPlan("sequence", (ConvBnPath(conv, bn, f"{bn}.act"),), idle=(f"{bn}.drop",)), 2
+        layer, idle = ConvBnPath(conv, bn, f"{bn}.act"), (f"{bn}.drop",)
+        pool = items[2][0] if bn not in kept and len(items) > 2 and _is_known_pool(items[2][1]) else None
+        return BlockPlan("sequence", (layer,), idle=idle, pool=pool), 2 if pool is None else 3
     layer = ConvBnPath(conv, bn)
     if bn in kept or len(items) < 3 or type(items[2][1]) is not nn.ReLU:
         return BlockPlan("sequence", (layer,)), 2

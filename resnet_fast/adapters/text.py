@@ -67,7 +67,11 @@ def _reads(function: FunctionType) -> tuple[frozenset[str], frozenset[FunctionTy
     names: set[str] = set()
     functions: set[FunctionType] = set()
     for code in _codes(function.__code__):
+        before = None
         for step in dis.get_instructions(code):
+            if step.opname == "IS_OP" and not (before and before.opname == "LOAD_CONST" and before.argval is None):
+                raise Unreadable(f"{function.__qualname__} asks whether two objects are one")
+            before = step
             if step.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"):
                 raise Unreadable(f"{function.__qualname__} sets {step.argval}")
             if step.opname in ("IMPORT_NAME", "YIELD_VALUE"):

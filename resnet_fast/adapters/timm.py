@@ -50,8 +50,7 @@ def _no_checkpointing(net: Any) -> None:
 
 def _forward(net: Any, x: Tensor, part: Part) -> Tensor:
     _no_checkpointing(net)
-    x = part(0, x)
-    return net.layer4(net.layer3(net.layer2(net.layer1(x))))
+    return part.chain(0, x, net.layer1, net.layer2, net.layer3, net.layer4)
 
 
 def stem(net: Any) -> HostPlan | str:

@@ -25,8 +25,7 @@ def bottleneck(block: Any) -> BlockPlan:
 
 
 def _forward(net: Any, x: Tensor, part: Part) -> Tensor:
-    x = part(0, x)
-    x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+    x = part.chain(0, x, net.layer1, net.layer2, net.layer3, net.layer4)
     return net.fc(torch.flatten(net.avgpool(x), 1))
 
 

@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from resnet_fast import buffers
+from resnet_fast import buffers, switches
 from resnet_fast.backends import winograd
 
 try:
@@ -45,7 +45,7 @@ def huge_pages(t: Tensor) -> int:
     Folded weights leave the caches from one forward to the next, and each small page costs a miss of the TLB, too
     (docs/conv.md, entry 25).
     """
-    if _C is None or t.device.type != "cpu":
+    if _C is None or t.device.type != "cpu" or not switches.on("memory"):
         return 0
     if not t.is_mkldnn:
         return _C.cpu.huge_pages(address=t.data_ptr(), nbytes=t.nbytes)
@@ -56,7 +56,7 @@ def huge_pages(t: Tensor) -> int:
 
 
 def _is_pointwise(w_size: list[int], padding: list[int], groups: int) -> bool:
-    return w_size[2:] == [1, 1] and padding == [0, 0] and groups == 1
+    return w_size[2:] == [1, 1] and padding == [0, 0] and groups == 1 and switches.on("products")
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ checked in this file, before each launch.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -169,23 +171,48 @@ def fingerprinter(tensors: Sequence[Tensor]) -> Callable[[], int]:
     dense = [t for t in tensors if t.is_contiguous() or t.is_contiguous(memory_format=CHANNELS_LAST)]
     # The values of others (expanded, sliced) do not fill the bytes behind their address: a copy's do.
     other = [t for t in tensors if not any(t is d for d in dense)]
-    small = [(t.data_ptr(), t.nbytes) for t in dense if t.nbytes <= _WHOLE]
-    large = [(t.data_ptr(), t.nbytes) for t in dense if t.nbytes > _WHOLE]
-    parts: list[dict[str, Any]] = [
-        {"addresses": [a for a, _ in part], "nbytes": [n for _, n in part], "stride": stride}
-        for part, stride in ((small, 0), (large, _SAMPLE))
-    ]
-
-    def now() -> int:
-        hashes = [_C.cpu.fingerprint(**part) for part in parts]
-        return hash((*hashes, fingerprint([t.contiguous() for t in other]) if other else 0))
-
-    return now
+    spans = [(t.data_ptr(), t.nbytes) for t in dense]
+    value = _C.cpu.Fingerprint(spans=spans, whole=_WHOLE, stride=_SAMPLE).value
+    return (lambda: hash((value(), fingerprint([t.contiguous() for t in other])))) if other else value
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> int:
     """64-bit hash of CPU tensors' memory: see :func:`fingerprinter`."""
     return fingerprinter(tensors)()
+
+
+class Memory:
+    """CPU tensors as they are now: addresses, version counters, and :func:`fingerprinter`'s hash of what is there.
+
+    The counters of those alone of which the hash reads samples; tensors made in inference mode have none.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tuple(tensors)
+        states = (
+            (
+                t.data_ptr(),
+                -1 if t.is_inference() or t.nbytes <= _WHOLE else t._version,
+                t._cdata,
+                t.untyped_storage()._cdata,
+            )
+            for t in tensors
+        )
+        self._then = array("q", itertools.chain.from_iterable(states)).tobytes()
+        self._hash = fingerprinter(tensors)
+        self._value = self._hash()
+
+    def holds(self) -> bool:
+        """Whether no tensor has moved, or been written to: by what counts writes, or where the hash looks."""
+        # In this order: what has moved may have been freed.
+        return _C.cpu.in_place(self._tensors, self._then, *_DESCRIPTORS) and self._hash() == self._value
+
+
+#: Called past the lookup of attributes: there are hundreds of tensors.
+_DESCRIPTORS = Tensor.data_ptr, Tensor._version
+
+#: Whether dictionaries hold what they held: what watch.py asks at every forward.
+unchanged = _C.cpu.unchanged
 
 
 # ---- row bn_act -------------------------------------------------------------------------------------------------
@@ -211,6 +238,25 @@ def bn_stats(
         **_size(y),
     )
     return mean, var, rstd, scale, shift
+
+
+def bn_stats_update(buffers: list[Tensor], values: list[Tensor], factor: float, counters: list[Tensor]) -> bool:
+    """Each of ``buffers`` moves by ``factor`` towards its value in ``values``, and ``counters`` go up by one, in place.
+
+    False, and nothing is done, where that is not for these kernels: all on the CPU, dense, float32, counters int64.
+    """
+    if not all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in values):
+        return False
+    if not all(b.dtype is torch.float32 and b.is_cpu and b.is_contiguous() and not b.is_inference() for b in buffers):
+        return False
+    if not all(c.dtype is torch.int64 and c.is_cpu and c.numel() == 1 and not c.is_inference() for c in counters):
+        return False
+    sizes = [b.numel() for b in buffers]
+    if sizes != [v.numel() for v in values]:
+        return False
+    _C.cpu.bn_stats_update(buffers=buffers, values=values, sizes=sizes, factor=factor, counters=counters)
+    torch.autograd.graph.increment_version([*buffers, *counters])
+    return True
 
 
 def bn_finalize(

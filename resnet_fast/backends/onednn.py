@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fast.backends import library, winograd
+from resnet_fast.backends import direct, library, winograd
 
 _OPS = ("conv_affine_act",)
 
@@ -74,11 +74,13 @@ def conv_affine_act_prepare(
     """``w`` in the blocked layout that oneDNN's convolution wants for this input size; opaque to everyone else.
 
     The size matters: a weight laid out for another one is laid out anew at every call (docs/conv.md, entry 2).
-    Where our own convolution is the faster, the weight is laid out for it, and run by it.
+    Where a convolution of our own is the faster, the weight is laid out for it, and run by it.
     """
     geometry = (stride, padding, dilation, groups)
     if winograd.why_not(w.device, list(w.shape), input_size, *geometry, w.dtype) is None:
         prepared = winograd.weight(w, w.dtype)
+    elif direct.why_not(w.device, list(w.shape), input_size, *geometry, w.dtype) is None:
+        prepared = direct.weight(w)
     else:
         prepared = torch.ops.mkldnn._reorder_convolution_weight(
             w.contiguous(), padding, stride, dilation, groups, input_size
@@ -87,17 +89,40 @@ def conv_affine_act_prepare(
     return prepared
 
 
+def _is_ours(w: Tensor) -> bool:
+    """Whether ``conv_affine_act_prepare`` laid ``w`` out for a convolution of our own."""
+    return w.dim() > 4
+
+
+def _own(
+    x: Tensor,
+    w: Tensor,
+    shift: Tensor,
+    stride: list[int],
+    padding: list[int],
+    residual: Tensor | None,
+    relu: bool,
+    z: Tensor | None = None,
+) -> Tensor:
+    if winograd.is_weight(w):
+        return winograd.conv(x, w, shift.shape[0], shift, residual, relu, z)
+    return direct.conv(x, w, shift, stride, padding, residual, relu, z)
+
+
 def _check(
     x: Tensor, w: Tensor, shift: Tensor, scale: Tensor | None, residual: Tensor | None, geometry: tuple[list[int], ...]
 ) -> None:
     """oneDNN itself reads whatever lies there. ``geometry``: stride, padding, dilation."""
     for name, t in (("x", x), ("w", w)):
-        if t.dim() != 4 and not (t is w and winograd.is_weight(w)):
+        if t.dim() != 4 and not (t is w and _is_ours(w)):
             raise ValueError(f"{name}: found {t.dim()} dimensions, supported are 4")
-    ours = winograd.is_weight(w)
-    k = shift.numel() if ours else w.shape[0]
-    if ours and w.numel() != winograd.weight_size(x.shape[1], k):
-        raise ValueError(f"w: found {w.numel()} values, prepared for other channels than {x.shape[1]} and {k}")
+    k = shift.numel() if _is_ours(w) else w.shape[0]
+    kernel = direct.taps(w) if direct.is_weight(w) else (3, 3) if _is_ours(w) else (w.shape[2], w.shape[3])
+    if _is_ours(w):
+        c = x.shape[1]
+        expected = direct.weight_size(c, k, *kernel) if direct.is_weight(w) else winograd.weight_size(c, k)
+        if w.numel() != expected:
+            raise ValueError(f"w: found {w.numel()} values, prepared for other channels than {c} and {k}")
     if w.dtype != x.dtype and w.layout == torch.strided:
         raise ValueError(f"w: found {w.dtype}, expected {x.dtype}, the dtype of x")
     for name, vector in (("shift", shift), ("scale", scale)):
@@ -106,7 +131,6 @@ def _check(
     if residual is None:
         return
     stride, padding, dilation = geometry
-    kernel = (3, 3) if ours else w.shape[2:]
     size = [(x.shape[i + 2] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     if residual.shape != (x.shape[0], k, *size) or residual.dtype != x.dtype:
         raise ValueError(
@@ -127,12 +151,12 @@ def conv_affine_act(
     relu: bool = True,
 ) -> Tensor:
     _check(x, w, shift, scale, residual, (stride, padding, dilation))
-    if winograd.is_weight(w):
+    if _is_ours(w):
         if scale is not None:
             raise ValueError("scale: found one beside a prepared weight; fold it into the weight first")
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
-        return winograd.conv(x, w, shift.shape[0], shift.float(), residual, relu)
+        return _own(x, w, shift.float(), stride, padding, residual, relu)
     # On a filter one tap wide dilation means nothing, but oneDNN 3.12 crashes on a grouped 1x1 with one.
     dilation = [1 if taps == 1 else d for taps, d in zip(w.shape[2:], dilation, strict=True)]
     if x.dtype == torch.bfloat16 and not _has_bfloat16():
@@ -181,8 +205,8 @@ def conv_affine_act_plain(
     relu: bool,
 ) -> Tensor:
     """``conv_affine_act`` without a residual and without checks: all in one dtype, x channels-last, w prepared."""
-    if winograd.is_weight(w):
-        return winograd.conv(x, w, shift.shape[0], shift, None, relu)
+    if _is_ours(w):
+        return _own(x, w, shift, stride, padding, None, relu)
     return _convolution().plain(x, w, shift, padding, stride, dilation, groups, "relu" if relu else "none", [], "")
 
 
@@ -201,8 +225,8 @@ def conv_affine_act_into(
 
     Nothing is checked. All in one dtype, x and residual channels-last, the residual in the shape of z.
     """
-    if winograd.is_weight(w):
-        return winograd.conv(x, w, shift.shape[0], shift, residual, relu, residual)
+    if _is_ours(w):
+        return _own(x, w, shift, stride, padding, residual, relu, residual)
     act = "relu" if relu else None
     try:
         return _convolution().binary_into(

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from resnet_fast import buffers
+from resnet_fast import buffers, switches
 
 try:
     from resnet_fast import _C
@@ -47,6 +47,8 @@ def why_not(
     """None where ``conv`` runs this convolution and is the faster, else the reason."""
     if device.type != "cpu" or _C is None:
         return "not on a CPU with resnet_fast._C"
+    if not switches.on("winograd"):
+        return "switched off"
     if dtype != torch.float32:
         return "not float32"
     if w_size[2:] != [3, 3] or stride != [1, 1] or padding != [1, 1] or dilation != [1, 1] or groups != 1:

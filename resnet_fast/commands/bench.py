@@ -15,7 +15,9 @@ import resnet_fast
 from resnet_fast.fuse import Explanation
 
 from . import CommandError, arguments, equality, machine, plots, sources, tables, timing
+from .judging import Check
 from .progress import Progress
+from .steps import in_layout
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "run"]
 
@@ -96,7 +98,7 @@ class _Options:
 def _explain(source: sources.Source, x: Tensor, options: _Options) -> Explanation:
     """What is fused, asked after a forward: a block that fell back then says so."""
     copied = copy.deepcopy(source.model).to(options.device)
-    model = resnet_fast.fuse(equality.in_layout(copied, torch.channels_last))
+    model = resnet_fast.fuse(in_layout(copied, torch.channels_last))
     with torch.no_grad():
         x = x[:_CHECKED].to(options.device)
         try:
@@ -107,8 +109,8 @@ def _explain(source: sources.Source, x: Tensor, options: _Options) -> Explanatio
     return resnet_fast.explain(model)
 
 
-def _checks(source: sources.Source, x: Tensor, options: _Options, progress: Progress) -> list[equality.Check]:
-    found: list[equality.Check] = []
+def _checks(source: sources.Source, x: Tensor, options: _Options, progress: Progress) -> list[Check]:
+    found: list[Check] = []
     x = x[:_CHECKED]
     for dtype in options.dtypes:
         name = str(dtype).removeprefix("torch.")

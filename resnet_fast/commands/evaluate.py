@@ -12,8 +12,8 @@ import resnet_fast
 from resnet_fast.recipes import data, evaluation, networks, training, transforms
 
 from . import CommandError, machine, tables
-from .equality import in_layout
 from .progress import Progress
+from .steps import in_layout
 from .train import choice, device_for, output_file, positive, without_folders
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "run"]

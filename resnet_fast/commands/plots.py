@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import CommandError
-from .equality import Check, Curves
+from .curves import Curves
+from .judging import Check
 
 __all__ = ["bars", "errors", "losses", "require", "save", "stamp"]
 
@@ -47,7 +48,7 @@ def bars(title: str, settings: Sequence[dict[str, Any]], file: str | Path, line:
         entries = [c for c in setting["contenders"] if c["failed"] is None]
         speeds = [c["images_per_second"] for c in entries]
         drawn = panel.bar(range(len(entries)), speeds, color=[_COLOURS.get(c["name"], "#009e73") for c in entries])
-        texts = [f"{c['images_per_second']:.3g}\n{c['ratio']:.2f}x" for c in entries]
+        texts = [f"{_speed(c['images_per_second'])}\n{c['ratio']:.2f}x" for c in entries]
         panel.bar_label(drawn, texts, fontsize=9, padding=2)
         panel.set_ylim(0, max(speeds) * 1.25)
         panel.set_xticks([])
@@ -59,8 +60,16 @@ def bars(title: str, settings: Sequence[dict[str, Any]], file: str | Path, line:
     figure.legend(
         handles, [_LABELS.get(n, n) for n in names], loc="outside lower center", ncols=max(2, columns), frameon=False
     )
-    figure.suptitle(textwrap.fill(title, 36 * columns), fontsize=12)
-    save(figure, file, textwrap.fill(line, 48 * columns))
+    width = figure.get_figwidth()
+    base = settings[0]["baseline"]
+    ratio = f"x: ratio to {_LABELS.get(base, base)}, median over rounds"
+    figure.suptitle(textwrap.fill(title, int(10 * width)), fontsize=12)
+    save(figure, file, f"{ratio}\n{textwrap.fill(line, int(15 * width))}")
+
+
+def _speed(value: float) -> str:
+    """Images per second as on a bar: 2,438 or 27.5."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def stamp(record: dict[str, Any]) -> str:
@@ -131,6 +140,8 @@ def errors(
             if name not in ("determinism", "losses") and c.what != "error":
                 strips.setdefault(f"{name}: {c.dtype} {c.mode}, {c.what}", []).append(c)
     height = max(3.2, 0.24 * len(strips) + 1.2)
+    together = list(dict.fromkeys(name.partition(",")[0] for name in strips))  # a section's dtype and mode
+    strips = dict(sorted(strips.items(), key=lambda item: together.index(item[0].partition(",")[0])))
     rows = [height, *([2.6, 2.0] if curves else [])]
     figure = plt.figure(figsize=(9.5, sum(rows) + 0.9), layout="constrained")
     grid = figure.add_gridspec(len(rows), max(len(curves), 1), height_ratios=rows)
@@ -141,6 +152,8 @@ def errors(
             panel.plot([min(max(s, 1e-3), 1e3) for s in shares], [y] * len(shares), marker, color=colour, alpha=0.6)
     panel.axvline(1, color="#000000", linewidth=1)
     panel.set_xscale("log")
+    ticks = [t for t in (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3) if t <= max(1.0, panel.get_xlim()[1])]
+    panel.set_xticks(ticks, ["0 to 0.001", *(f"{t:g}" for t in ticks[1:])])
     panel.set_yticks(range(len(strips)), list(strips), fontsize=8)
     panel.invert_yaxis()
     panel.set_xlabel(

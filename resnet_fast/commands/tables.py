@@ -8,7 +8,7 @@ from typing import Any
 
 from resnet_fast.fuse import Explanation
 
-from .equality import Check
+from .judging import Check
 from .timing import Result
 
 __all__ = ["equality", "explanation", "header", "section", "speed", "table"]
@@ -81,27 +81,41 @@ def equality(checks: Sequence[Check]) -> str:
 
 
 def section(name: str, checks: Sequence[Check], notes: Sequence[str], verbose: bool) -> str:
-    """A section of ``verify``: by dtype, mode and kind of number the check nearest to its bound, and what is wrong."""
-    groups: dict[tuple[str, str, str], list[Check]] = {}
-    for c in checks:
-        groups.setdefault((c.dtype, c.mode, c.what), []).append(c)
-    lines = [
-        ["dtype", "mode", "what", "checks", "error", "torch's own", "bound", "of bound", "", "nearest to its bound"]
-    ]
+    """A section of ``verify``: of each group of checks the one nearest to its bound, and what is wrong.
 
-    def row(group: Sequence[Check], c: Check) -> list[str]:
-        numbers = [f"{value:.2e}" for value in (c.ours, c.torch, c.bound)]
-        share = f"{c.ours / c.bound:.0%}" if c.bound and c.ours < float("inf") else ""
-        return [c.dtype, c.mode, c.what, str(len(group)), *numbers, share, "ok" if c.ok else "WRONG", c.tensor]
-
-    for group in groups.values():
-        worst = max(group, key=lambda c: (not c.ok, c.ours / c.bound if c.bound else c.ours))
-        others = group if verbose else [c for c in group if not c.ok and c is not worst][:4]
-        lines.append(row(group, worst))
-        lines += [row([c], c) for c in others if c is not worst]
+    Groups are dtype, mode and kind of number; in "adversarial" the inputs. "determinism" has counts of tensors instead.
+    """
     failed = sum(not c.ok for c in checks)
     title = f"{name}: {len(checks) - failed} of {len(checks)} checks passed"
-    return "\n".join([title, table(lines, right=(3, 4, 5, 6, 7)), *(f"  not checked: {note}" for note in notes)])
+    rest = [f"  not checked: {note}" for note in notes]
+    if not checks:
+        return "\n".join([title, *rest])
+    if name == "determinism":
+        lines = [["dtype", "mode", "tensors", "differ in some bit", "", "the first that does"]]
+        for c in checks:
+            verdict = "ok" if c.ok else "WRONG"
+            lines.append([c.dtype, c.mode, str(c.tensors), f"{c.ours:.0f}", verdict, "" if c.ok else c.tensor])
+        return "\n".join([title, table(lines, right=(2, 3)), *rest])
+    by_input = name == "adversarial"
+    groups: dict[tuple[str, ...], list[Check]] = {}
+    for c in checks:
+        groups.setdefault((c.tensor.partition(":")[0],) if by_input else (c.dtype, c.mode, c.what), []).append(c)
+    columns = ["input"] if by_input else ["dtype", "mode", "what"]
+    lines = [[*columns, "checks", "error", "torch's own", "bound", "of bound", "", "nearest to its bound"]]
+
+    def row(key: tuple[str, ...], group: Sequence[Check], c: Check) -> list[str]:
+        numbers = [f"{value:.2e}" for value in (c.ours, c.torch, c.bound)]
+        share = f"{c.ours / c.bound:.0%}" if c.bound and c.ours < float("inf") else ""
+        where = f"{c.dtype} {c.mode} {c.what}: {c.tensor.partition(': ')[2]}" if by_input else c.tensor
+        return [*key, str(len(group)), *numbers, share, "ok" if c.ok else "WRONG", where]
+
+    for key, group in groups.items():
+        worst = max(group, key=lambda c: (not c.ok, c.ours / c.bound if c.bound else c.ours))
+        others = group if verbose else [c for c in group if not c.ok and c is not worst][:4]
+        lines.append(row(key, group, worst))
+        lines += [row(key, [c], c) for c in others if c is not worst]
+    first = len(columns)
+    return "\n".join([title, table(lines, right=range(first, first + 5)), *rest])
 
 
 def _bytes(count: int | None) -> str:

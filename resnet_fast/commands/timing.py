@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast import buffers
 
-from .equality import LOSS_SCALE, autocast, in_layout, loss, tensors
 from .progress import Progress
+from .steps import LOSS_SCALE, autocast, in_layout, loss, tensors
 
 __all__ = [
     "AGAINST",
@@ -34,6 +34,7 @@ __all__ = [
     "Contender",
     "Result",
     "Setting",
+    "attempt",
     "contender",
     "contenders",
     "empty_cache",
@@ -132,6 +133,19 @@ def _step(model: nn.Module, forward: Callable[[Tensor], Any], x: Tensor, setting
     return call
 
 
+def attempt(name: str, make: Callable[[], Contender]) -> Contender:
+    """What ``make`` makes; where that raises, a contender of this name whose call raises it: reported as failed."""
+    try:
+        return make()
+    except Exception as error:
+        reason = error
+
+        def call() -> None:
+            raise reason
+
+        return Contender(name, call)
+
+
 def contenders(model: nn.Module, x: Tensor, setting: Setting, against: Sequence[str]) -> list[Contender]:
     """Ours and every name of ``against``, each on a copy of ``model``; ``x`` (batch, 3, size, size) float32.
 
@@ -170,6 +184,8 @@ def contender(
         forward = fuse(own)
         if kind != "resnet_fast":
             forward = _Captured(own) if kind == CAPTURED else _Tuned(own)
+    elif kind == "resnet_fast_triton":
+        forward = resnet_fast.fuse(own, backend="triton")
     call = _step(own, forward, inputs, setting) if training else _bind(forward, inputs)
     return Contender(name, _Graph(call) if name.endswith(GRAPH) else call)
 
@@ -429,7 +445,15 @@ def measure(
             for i in range(rounds):
                 for j in range(len(able)):
                     c = able[(i + j) % len(able)]
-                    times[c.name].append(_turn(c.call, calls[c.name], device))
+                    if c.name in failed:
+                        continue
+                    try:
+                        times[c.name].append(_turn(c.call, calls[c.name], device))
+                    except Exception as error:  # memory runs out late, say: the others go on
+                        if c.name in needed:
+                            raise
+                        failed[c.name] = _why(error)
+                        progress.warn(f"{c.name} cannot run: {failed[c.name]}")
     found = []
     for c in entries:
         if c.name in failed:
@@ -437,7 +461,7 @@ def measure(
             continue
         mine = times[c.name]
         p20, p50, p80 = (quantile(mine, q) for q in (0.2, 0.5, 0.8))
-        base = times.get(baseline)
+        base = times.get(baseline) if baseline not in failed else None
         ratio = quantile([b / t for b, t in zip(base, mine, strict=True)], 0.5) if base else None
         found.append(
             Result(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast.commands import CommandError
-from resnet_fast.commands.equality import in_layout
 from resnet_fast.commands.progress import Progress
+from resnet_fast.commands.steps import in_layout
 
 from . import checkpoint
 from .data import Data, Folder, Images

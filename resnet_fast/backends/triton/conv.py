@@ -14,7 +14,9 @@ from torch import Tensor
 
 from resnet_fast.backends import library
 
-from .bn_act import affine_act, bn_backward_apply, bn_backward_sums, bn_stats
+from .bn_act import affine_act
+from .bn_act_backward import bn_backward_apply, bn_backward_sums
+from .bn_stats import bn_stats
 from .common import CHANNELS_LAST, affine_of, matrix, vector
 from .conv_affine_act import conv_affine_act as inference
 from .conv_common import Config, Geometry, Gradient, geometry_of, unsupported

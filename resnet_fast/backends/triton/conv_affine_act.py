@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import affine, launch, relu
-from .conv_common import Config, Geometry, halves, image, load_activation, plain_tile, precision
+from .conv_common import Config, Geometry, halves, image, plain_tile, precision
+from .conv_fprop import mainloop
 
 # One program per tile, K fastest: those that read the same pixels run side by side and share x through L2. Beside the
 # sums the epilogue holds a tile of the residual, in halves. A 1x1 with few channels is bound by memory: small tiles,
@@ -85,45 +86,10 @@ def conv_affine_act_kernel(
     k_blocks = tl.cdiv(K, BLOCK_K)
     program = tl.program_id(0)
     k = program % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    c_blocks = tl.cdiv(C, BLOCK_C)
-    w_columns = k[None, :] * (R * R * C)  # (1, BLOCK_K); int32: no weight has 2^31 elements
-
     start = program // k_blocks * BLOCK_NPQ
     row = start + tl.arange(0, BLOCK_NPQ)
     row_inside = row < NPQ
-    # Where the tile starts in memory is int64 and goes into the pointers; what lies within a tile is int32.
-    if R == 1 and STRIDE == 1:
-        first_pixel = tl.cast(start, tl.int64)
-        rows = (row - start) * C
-    else:
-        n = row // (P * Q)
-        p = row // Q % P
-        q = row - (n * P + p) * Q
-        n0 = start // (P * Q)
-        p0 = start // Q % P
-        q0 = start - (n0 * P + p0) * Q
-        h = p * STRIDE - R // 2
-        v = q * STRIDE - R // 2  # the column: w is the weight
-        # Of the first tap: it may lie outside of the image.
-        first_pixel = (tl.cast(n0, tl.int64) * H + p0 * STRIDE - R // 2) * W + q0 * STRIDE - R // 2
-        rows = (((n - n0) * H + (p - p0) * STRIDE) * W + (q - q0) * STRIDE) * C
-    x_tile = x + first_pixel * C
-
-    acc = tl.zeros((BLOCK_NPQ, BLOCK_K), tl.float32)
-    # One loop over taps and channels, so that loads run ahead across taps.
-    for step in range(0, R * R * c_blocks):
-        tap = step // c_blocks
-        c = (step - tap * c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-        if R == 1:
-            a = load_activation(x_tile, None, None, rows, c, row_inside, C)
-        else:
-            r = tap // R
-            s = tap - r * R
-            inside = row_inside & (h + r >= 0) & (h + r < H) & (v + s >= 0) & (v + s < W)
-            a = load_activation(x_tile, None, None, rows + (r * W + s) * C, c, inside, C)
-        mask = (c < C)[:, None] & (k < K)[None, :]
-        b = tl.load(w + ((tap * C + c)[:, None] + w_columns), mask=mask, other=0.0)  # (BLOCK_C, BLOCK_K)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    acc = mainloop(x, w, None, None, start, k, NPQ, H, W, P, Q, C, K, R, STRIDE, PRECISION, BLOCK_NPQ, BLOCK_K, BLOCK_C)
 
     z_tile = z + tl.cast(start, tl.int64) * K
     r_tile = residual

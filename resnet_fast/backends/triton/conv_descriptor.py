@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .bn_act import finish_stats
+from .bn_stats import finish_stats
 from .common import INTERPRETED, affine, launch, relu
 from .conv_common import Config, Geometry, grouped, halves, hopper, image, precision
 from .conv_fprop import store_with_statistics

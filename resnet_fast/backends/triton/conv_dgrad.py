@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_act import finish_sums
 from .common import affine, channels, launch, where_active
 from .conv_common import (
     Config,
@@ -27,6 +26,7 @@ from .conv_common import (
     plain_tile,
     precision,
 )
+from .reduce import finish_sums
 
 # rows: pixels of dx; columns: channels of dx (C); depth: channels of dy (K). A lazy gradient has two tiles to load per
 # step where a plain one has one, and both in fp32 at once: half the depth, for the same registers.
@@ -49,9 +49,11 @@ def config(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> Config:
     return CONFIGS[plain_tile(geometry, dtype) or ("wide_lazy" if lazy else "wide")]
 
 
-def options(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> list[Config]:
-    """The tiles that may serve this shape, the usual one first."""
+def options(geometry: Geometry, dtype: torch.dtype, lazy: bool, crowded: bool = False) -> list[Config]:
+    """The tiles that may serve this shape, the usual one first. ``crowded``: with a mask before and a sum behind."""
     names = ["narrow_1x1", "narrow_3x3", *(["wide_lazy", *([] if lazy else ["wide"])] if geometry.C > 64 else [])]
+    if crowded and geometry.R == 3:
+        names.remove("narrow_1x1")  # 16 bytes of spills on sm_90
     return options_of(CONFIGS, names, geometry, dtype, config(geometry, dtype, lazy))
 
 

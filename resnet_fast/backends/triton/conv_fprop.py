@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_act import coarse, finish_stats
+from .bn_stats import coarse, finish_stats
 from .common import launch
 from .conv_common import Config, Geometry, grouped, halves, image, load_activation, options_of, plain_tile, precision
 
@@ -43,6 +43,73 @@ def options(geometry: Geometry, dtype: torch.dtype, lazy: bool) -> list[Config]:
     """The tiles that may serve this shape, the usual one first."""
     names = ["narrow_1x1", "narrow_3x3", *(["wide_lazy", *([] if lazy else ["wide"])] if geometry.K > 64 else [])]
     return options_of(CONFIGS, names, geometry, dtype, config(geometry, dtype, lazy))
+
+
+@triton.jit
+def mainloop(
+    x,
+    w,
+    scale,
+    shift,
+    start,
+    k,
+    NPQ,
+    H,
+    W,
+    P,
+    Q,
+    C,
+    K,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_NPQ: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(BLOCK_NPQ, BLOCK_K) fp32 of conv(a, w), from pixel ``start`` on and for the channels ``k``.
+
+    a = relu(x * scale + shift), 0 outside of the image, or x itself; x (N, H, W, C), w (K, R, R, C).
+    """
+    row = start + tl.arange(0, BLOCK_NPQ)
+    row_inside = row < NPQ
+    k_inside = k < K
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    w_columns = k[None, :] * (R * R * C)  # (1, BLOCK_K); int32: no weight has 2^31 elements
+    # Where the tile starts in memory is int64 and goes into the pointers; what lies within a tile is int32.
+    if R == 1 and STRIDE == 1:
+        first_pixel = tl.cast(start, tl.int64)
+        rows = (row - start) * C
+    else:
+        n = row // (P * Q)
+        p = row // Q % P
+        q = row - (n * P + p) * Q
+        n0 = start // (P * Q)
+        p0 = start // Q % P
+        q0 = start - (n0 * P + p0) * Q
+        h = p * STRIDE - R // 2
+        v = q * STRIDE - R // 2  # the column: w is the weight
+        # Of the first tap: it may lie outside of the image.
+        first_pixel = (tl.cast(n0, tl.int64) * H + p0 * STRIDE - R // 2) * W + q0 * STRIDE - R // 2
+        rows = (((n - n0) * H + (p - p0) * STRIDE) * W + (q - q0) * STRIDE) * C
+    x_tile = x + first_pixel * C
+
+    acc = tl.zeros((BLOCK_NPQ, BLOCK_K), tl.float32)
+    # One loop over taps and channels, so that loads run ahead across taps.
+    for step in range(0, R * R * c_blocks):
+        tap = step // c_blocks
+        c = (step - tap * c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+        if R == 1:
+            a = load_activation(x_tile, scale, shift, rows, c, row_inside, C)
+        else:
+            r = tap // R
+            s = tap - r * R
+            inside = row_inside & (h + r >= 0) & (h + r < H) & (v + s >= 0) & (v + s < W)
+            a = load_activation(x_tile, scale, shift, rows + (r * W + s) * C, c, inside, C)
+        mask = (c < C)[:, None] & k_inside[None, :]
+        b = tl.load(w + ((tap * C + c)[:, None] + w_columns), mask=mask, other=0.0)  # (BLOCK_C, BLOCK_K)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -107,49 +174,15 @@ def conv_fprop_kernel(
     group = program // k_blocks
     groups = tl.num_programs(0) // k_blocks
     k = program % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_inside = k < K
-    c_blocks = tl.cdiv(C, BLOCK_C)
-    w_columns = k[None, :] * (R * R * C)  # (1, BLOCK_K); int32: no weight has 2^31 elements
 
     first = group * tiles_per_group
     for tile in range(first, tl.minimum(first + tiles_per_group, tl.cdiv(NPQ, BLOCK_NPQ))):
         start = tile * BLOCK_NPQ
         row = start + tl.arange(0, BLOCK_NPQ)
         row_inside = row < NPQ
-        # Where the tile starts in memory is int64 and goes into the pointers; what lies within a tile is int32.
-        if R == 1 and STRIDE == 1:
-            first_pixel = tl.cast(start, tl.int64)
-            rows = (row - start) * C
-        else:
-            n = row // (P * Q)
-            p = row // Q % P
-            q = row - (n * P + p) * Q
-            n0 = start // (P * Q)
-            p0 = start // Q % P
-            q0 = start - (n0 * P + p0) * Q
-            h = p * STRIDE - R // 2
-            v = q * STRIDE - R // 2  # the column: w is the weight
-            # Of the first tap: it may lie outside of the image.
-            first_pixel = (tl.cast(n0, tl.int64) * H + p0 * STRIDE - R // 2) * W + q0 * STRIDE - R // 2
-            rows = (((n - n0) * H + (p - p0) * STRIDE) * W + (q - q0) * STRIDE) * C
-        x_tile = x + first_pixel * C
-
-        acc = tl.zeros((BLOCK_NPQ, BLOCK_K), tl.float32)
-        # One loop over taps and channels, so that loads run ahead across taps.
-        for step in range(0, R * R * c_blocks):
-            tap = step // c_blocks
-            c = (step - tap * c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-            if R == 1:
-                a = load_activation(x_tile, scale, shift, rows, c, row_inside, C)
-            else:
-                r = tap // R
-                s = tap - r * R
-                inside = row_inside & (h + r >= 0) & (h + r < H) & (v + s >= 0) & (v + s < W)
-                a = load_activation(x_tile, scale, shift, rows + (r * W + s) * C, c, inside, C)
-            mask = (c < C)[:, None] & k_inside[None, :]
-            b = tl.load(w + ((tap * C + c)[:, None] + w_columns), mask=mask, other=0.0)  # (BLOCK_C, BLOCK_K)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-
+        acc = mainloop(
+            x, w, scale, shift, start, k, NPQ, H, W, P, Q, C, K, R, STRIDE, PRECISION, BLOCK_NPQ, BLOCK_K, BLOCK_C
+        )
         left, right = halves(acc, BLOCK_NPQ, BLOCK_K)
         for half in tl.static_range(2):
             column = program % k_blocks * BLOCK_K + half * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)

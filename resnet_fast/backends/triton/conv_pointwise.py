@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_act import finish_sums
 from .common import INTERPRETED, launch
 from .conv_common import (
     Config,
@@ -27,6 +26,7 @@ from .conv_common import (
 )
 from .conv_dgrad import store_gradient
 from .conv_wgrad import add_parts
+from .reduce import finish_sums
 
 # rows: pixels; columns: C and depth: K, each whole (rounded up to a power of two). dw takes columns * depth and dx
 # rows * columns fp32 registers of a program at the same time.

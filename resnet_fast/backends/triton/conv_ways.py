@@ -124,25 +124,30 @@ def configurations(op: str, **arguments: Any) -> tuple[list[dict[str, Any]], dic
             needed["dgrad"] = lazy_g
         if arguments["needs_w"]:
             needed["wgrad"] = lazy_g or lazy_x
-    modules = {"fprop": conv_fprop, "dgrad": conv_dgrad, "wgrad": conv_wgrad}
+    masked = arguments.get("gscale") is not None
+    crowded = masked and arguments.get("residual") is not None
+    options: dict[str, Callable[[bool], list[Config]]] = {
+        "fprop": lambda lazy: conv_fprop.options(geometry, dtype, lazy),
+        "dgrad": lambda lazy: conv_dgrad.options(geometry, dtype, lazy, crowded and lazy),
+        "wgrad": lambda lazy: conv_wgrad.options(geometry, dtype, lazy),
+    }
     axes: dict[str, list[Any]] = {}
     for direction, lazy in needed.items():
-        axes[direction] = [list(tile) for tile in modules[direction].options(geometry, dtype, lazy)]
+        axes[direction] = [list(tile) for tile in options[direction](lazy)]
         if lazy:
-            axes[direction] += [["written", *tile] for tile in modules[direction].options(geometry, dtype, False)]
+            axes[direction] += [["written", *tile] for tile in options[direction](False)]
         axes[direction].append("library")
     if op == "conv_stats":
         for tile in conv_descriptor.options(geometry, dtype, arguments["x"].device):
             axes["fprop"] += [["descriptor", *tile], *([["written", "descriptor", *tile]] if lazy_x else [])]
     # One direction alone gains little from an operand that is written out for it: both at once are a beginning.
-    starts = [{d: options[0] for d, options in axes.items()}]
+    starts = [{d: found[0] for d, found in axes.items()}]
     if any(needed.values()):
-        written = {d: next((o for o in options if o[0] == "written"), options[0]) for d, options in axes.items()}
+        written = {d: next((o for o in found if o[0] == "written"), found[0]) for d, found in axes.items()}
         starts.append(written)
     starts.append(dict.fromkeys(axes, "library"))
     if "dgrad" in axes and "wgrad" in axes:
         # The other two go by it, so that its way is one by itself.
-        masked = arguments.get("gscale") is not None
         tiles = conv_pointwise.options(geometry, dtype, arguments["x"].device, masked)
         starts += [{"shared": list(tile)} for tile in tiles]
     return starts, axes

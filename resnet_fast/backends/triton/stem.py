@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bn_act import finish_sums
 from .common import (
     CHANNELS_LAST,
     INTERPRETED,
@@ -25,6 +24,7 @@ from .common import (
     sized,
     vector,
 )
+from .reduce import finish_sums
 
 # Chosen by bytes in flight, not yet measured on a GPU: one access of 16 bytes per operand keeps the bytes of index, of
 # which a thread reads as many as it reads values, in step with dz; 4 to 12 operands are under way together.

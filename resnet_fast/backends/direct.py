@@ -1,0 +1,126 @@
+"""Our own convolutions as matrix products on a CPU, in float32 (csrc/cpu/direct.cpp), for the backends. No backend.
+
+They gather patches as they go, ask for filters ahead of their use, and finish with shift, residual and ReLU. They run
+where ``why_not`` lets them (docs/conv.md). Filters are laid out once, by ``weight``, in a tensor of six dimensions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from resnet_fast import buffers, switches
+
+try:
+    from resnet_fast import _C
+except ImportError:  # built without it: why_not says so
+    _C = None  # type: ignore[assignment]
+
+CHANNELS_LAST = torch.channels_last
+
+#: Channels below which patches fall into pieces too small to gather fast: a stem of 3 takes 1.7 times as long as the
+#: library's.
+_CHANNELS = 16
+#: Pixels of the output from which on the library's own calls, 30 us each, no longer weigh and its blocking is as good:
+#: at batch 16 1024 to 256 channels at 14 x 14 take 1.26 times as long as there.
+_PIXELS = 3200
+
+
+@functools.cache
+def _has_registers() -> bool:
+    """Whether the kernels' instruction set keeps a tile of sums in registers: 28 vectors and what is multiplied."""
+    return _C.cpu.isa() == "avx512"
+
+
+def why_not(
+    device: torch.device,
+    w_size: list[int],
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> str | None:
+    """None where ``conv`` runs this convolution and is the faster, else the reason."""
+    if device.type != "cpu" or _C is None:
+        return "not on a CPU with resnet_fast._C"
+    if not switches.on("products"):
+        return "switched off"
+    if not _has_registers():
+        return f"{_C.cpu.isa()}: the library is the faster without AVX-512"
+    if dtype != torch.float32:
+        return "not float32"
+    if groups != 1 or any(taps > 1 and d > 1 for taps, d in zip(w_size[2:], dilation, strict=True)):
+        return "groups or dilation"
+    if w_size[1] < _CHANNELS:
+        return f"fewer than {_CHANNELS} channels"
+    sizes = zip(input_size[2:], w_size[2:], stride, padding, strict=True)
+    pixels = input_size[0] * math.prod((size + 2 * pad - taps) // step + 1 for size, taps, step, pad in sizes)
+    if pixels > _PIXELS:
+        return f"more than {_PIXELS} pixels"
+    return None
+
+
+def weight(w: Tensor) -> Tensor:
+    """The filters ``w`` (K, C, R, S) float32 as ``conv`` reads them: (1, panels, R, S, C, panel), opaque to others."""
+    panel = _C.cpu.direct_panel()
+    k, c, r, s = w.shape
+    panels = -(-k // panel)
+    u = torch.zeros(panels, r, s, c, panel)
+    for i in range(panels):
+        part = w[i * panel : (i + 1) * panel]
+        u[i, ..., : part.shape[0]] = part.permute(2, 3, 1, 0)
+    return u[None]
+
+
+def is_weight(w: Tensor) -> bool:
+    """Whether ``weight`` made it."""
+    return w.dim() == 6
+
+
+def weight_size(c: int, k: int, r: int, s: int) -> int:
+    """Values of a ``weight`` of ``r`` x ``s`` taps from ``c`` to ``k`` channels."""
+    panel = _C.cpu.direct_panel()
+    return -(-k // panel) * panel * r * s * c
+
+
+def taps(u: Tensor) -> tuple[int, int]:
+    """R and S of what ``weight`` made."""
+    return u.shape[2], u.shape[3]
+
+
+def conv(
+    x: Tensor,
+    u: Tensor,
+    shift: Tensor,
+    stride: list[int],
+    padding: list[int],
+    residual: Tensor | None = None,
+    relu: bool = False,
+    z: Tensor | None = None,
+) -> Tensor:
+    """act(conv(x, w) + shift + residual) (N, K, P, Q), channels-last, into ``z`` if given: it may be ``residual``.
+
+    Nothing is checked. x, residual, z channels-last; all float32; u = weight(w), shift (K,).
+    """
+    n, c, h, wide = x.shape
+    _, _, r, s, _, _ = u.shape
+    k = shift.shape[0]
+    stride_h, stride_w = stride
+    padding_h, padding_w = padding
+    if z is None:
+        p, q = (h + 2 * padding_h - r) // stride_h + 1, (wide + 2 * padding_w - s) // stride_w + 1
+        z = buffers.empty((n, k, p, q), x.dtype, buffers.TRAINING)
+        if z is None:
+            z = torch.empty((n, k, p, q), memory_format=CHANNELS_LAST)
+    else:
+        p, q = z.shape[2:]
+    threads = torch.get_num_threads()
+    shape = (n, h, wide, c, k, r, s, p, q, stride_h, stride_w, padding_h, padding_w, threads)
+    workspace = buffers.scratch(_C.cpu.direct_workspace(shape))
+    _C.cpu.direct_conv(x=x, weights=u, shift=shift, residual=residual, z=z, workspace=workspace, shape=shape, relu=relu)
+    return z
