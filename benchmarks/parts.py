@@ -23,7 +23,7 @@ from benchmarks.rounds import Rounds, Timer
 from resnet_fast.commands import equality, sources, timing
 from resnet_fast.commands.progress import Progress
 from resnet_fast.commands.steps import tensors
-from resnet_fast.dispatch import BACKENDS, OPS, reasons, use_backend
+from resnet_fast.dispatch import BACKENDS, OPS, forget, reasons, use_backend
 from resnet_fast.guards import any_size
 from tests.cases import TINY, Case, inputs, resnet50
 
@@ -293,6 +293,11 @@ GROUPS = {
     "compile": ("channels_last", "compile", f"compile{timing.GRAPH}", "resnet_fast"),
     "triton": ("channels_last", "resnet_fast", "resnet_fast_triton", f"resnet_fast_triton{timing.GRAPH}"),
     "max-autotune": ("channels_last", "compile_max", f"compile_max{timing.GRAPH}", "resnet_fast"),
+    "captured": ("eager", "channels_last", "resnet_fast", timing.CAPTURED),
+    "ways": ("channels_last", "resnet_fast", *(f"resnet_fast:{name}" for name in ("native", "triton"))),
+    "tuned": ("channels_last", timing.TUNED, f"{timing.TUNED}{timing.GRAPH}"),
+    "graphs": ("channels_last", "reduce_overhead", "resnet_fast", timing.CAPTURED),
+    "all graphs": ("channels_last", "max_autotune", "compile_frozen", "resnet_fast", timing.CAPTURED),
 }
 
 
@@ -310,11 +315,16 @@ def _networks(settings: Settings, mode: str) -> list[Network]:
     found += [Network("resnet50", 256 // half, dtype, "eager") for dtype in others]
     found += [Network(name, 256 // half, first, "plain") for name in ("timm:resnet50", "torchvision:resnet50")]
     if mode == "inference":
-        found.append(Network("resnet50", 1, first, "eager"))
-        found.append(Network("resnet50", 1, first, "compile"))
+        found += [Network("resnet50", 256, first, group) for group in ("ways", "tuned")]
+        found += [Network("resnet50", 1, first, group) for group in ("eager", "graphs", "compile", "tuned")]
+        found += [Network("resnet50", batch, first, "captured") for batch in (8, 32, 128)]
+        found.append(Network("resnet50", 256, first, "graphs"))
     found += [Network("resnet18", 512 // half, first, "compile"), Network("resnet101", 256 // half, first, "compile")]
     found.append(Network("resnet50", 64 // half, first, "compile"))
     found.append(Network("resnet50", 256 // half, first, "max-autotune"))
+    if mode == "inference":
+        found += [Network("resnet50", batch, first, group) for batch in (128, 32, 8) for group in ("graphs", "tuned")]
+        found += [Network("resnet50", batch, first, "all graphs") for batch in (256, 1)]
     return found
 
 
@@ -358,9 +368,13 @@ def _network(settings: Settings, mode: str, network: Network, progress: Progress
         for name in GROUPS[network.group]
     ]
     seconds = 0.2 if settings.tiny else 5.0 if settings.device.type == "cpu" else 2.0
-    results = timing.measure(
-        entries, setting, progress, rounds=None, seconds=seconds, baseline="channels_last", needed=()
-    )
+    try:
+        results = timing.measure(
+            entries, setting, progress, rounds=None, seconds=seconds, baseline="channels_last", needed=()
+        )
+    finally:
+        if timing.TUNED in GROUPS[network.group]:
+            forget()  # what was measured for these contenders is not for the next ones
     found = []
     for r in results:
         record: Record = {

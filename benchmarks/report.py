@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import figures, suite
 from resnet_fast.commands import CommandError, curves, judging, plots
-from resnet_fast.commands.timing import GRAPH
+from resnet_fast.commands.timing import CAPTURED, GRAPH, GRAPHED, TUNED
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
@@ -130,11 +130,9 @@ def _suite_table(result: dict[str, Any]) -> list[str]:
                 row[r["contender"]] = r
     if not settings:
         return []
-    order = [
-        n + end
-        for n in ("eager", "channels_last", "compile", "compile_max", "resnet_fast", "resnet_fast_triton")
-        for end in ("", GRAPH)
-    ]
+    compiled = ("compile", "compile_max", "compile_frozen", *GRAPHED)
+    ours = ("resnet_fast", "resnet_fast:native", "resnet_fast:triton", "resnet_fast_triton", TUNED, CAPTURED)
+    order = [n + end for n in ("eager", "channels_last", *compiled, *ours) for end in ("", GRAPH)]
     names = [n for n in order if any(n in row for row in settings.values())]
     lines = [
         f"Images per second (ratio to eager channels_last, of the same rounds), {machine(result)}:",

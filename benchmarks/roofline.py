@@ -90,6 +90,9 @@ def op_cost(op: str, case: Case, itemsize: int, variant: str) -> Cost:
         pixels = case.N * case.H * case.W
         weights = case.K * (case.C + 9 * case.K + out) + (case.C * out if options else 0)
         return Cost((pixels * (case.C + out) + weights) * itemsize, 2 * pixels * weights)
+    if op == "whole_stem":  # of stride 2, whatever the case's
+        case = case._replace(stride=2, padding=case.R // 2)
+        return Cost(s.x + s.w + sizes(case, itemsize).pooled, conv_flops(case))
     costs = {
         "bn_stats": Cost(s.y, 0),
         "affine_act": Cost(2 * s.y + residual, 0),

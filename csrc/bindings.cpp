@@ -415,6 +415,16 @@ void bind_cuda(py::module_ module) {
       arg("stream") = 0);
   define(module, "bottleneck_shared", cuda::bottleneck_shared, arg("c"), arg("width"), arg("k"),
          arg("projection"), arg("resident"));
+  define(
+      module, "whole_stem",
+      [](Address x, Address weight, Address scale, Address shift, Address z, int64_t n, int64_t h,
+         int64_t w, DType dtype, Address stream) {
+        cuda::whole_stem({x, weight, scale, shift, z, n, h, w, dtype, stream});
+      },
+      arg("x"), arg("weight"), arg("scale"), arg("shift"), arg("z"), arg("n"), arg("h"), arg("w"),
+      arg("dtype"), arg("stream") = 0);
+  module.def("whole_stem_shared", cuda::whole_stem_shared,
+             "Bytes of shared memory that whole_stem() needs.");
   module.def("shared_limit", cuda::shared_limit,
              "Bytes of shared memory that a block may have on the current device.");
   module.def("driver_ok", cuda::driver_ok, "Empty, or why the driver cannot serve this build.");

@@ -254,6 +254,21 @@ struct Bottleneck {
   Stream stream;
 };
 
+/// A stem in inference: z = maxpool(relu(conv7x7(x, weight) * scale + shift)); stride 2 and padding
+/// 3, then 3 x 3, stride 2 and padding 1. Images x (n, h, w, 3) and z (n, p, q, 64), p = ceil(h /
+/// 4) and q = ceil(w / 4), weight (64, 7, 7, 3), all of `dtype`, bfloat16 or float16; z on 16
+/// bytes.
+struct WholeStem {
+  const void* x;
+  const void* weight;
+  const float* scale;
+  const float* shift;
+  void* z;
+  int64_t n, h, w;
+  DType dtype;
+  Stream stream;
+};
+
 /// The ops on these, as one backend has them or, on the CPU, one instruction set.
 struct BnAct {
   int64_t (*bn_workspace)(int64_t npq, int64_t k);
@@ -366,6 +381,10 @@ void maxpool_backward_sums(const MaxpoolBackwardSums& args);
 void maxpool_backward_apply(const MaxpoolBackwardApply& args);
 
 void bottleneck(const Bottleneck& args);
+void whole_stem(const WholeStem& args);
+
+/// Bytes of shared memory that whole_stem() needs.
+int64_t whole_stem_shared();
 
 /// Bytes of shared memory that bottleneck() needs for these sizes, or -1 where it has no kernel:
 /// with all weights in it (`resident`, done where the device has so much), or streamed through it.

@@ -316,6 +316,22 @@ class _Cuda(_Ops, Protocol):
     @staticmethod
     def bottleneck_shared(*, c: int, width: int, k: int, projection: bool, resident: bool) -> int: ...
     @staticmethod
+    def whole_stem(
+        *,
+        x: Operand,
+        weight: Operand,
+        scale: Operand,
+        shift: Operand,
+        z: Operand,
+        n: int,
+        h: int,
+        w: int,
+        dtype: DType,
+        stream: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def whole_stem_shared() -> int: ...
+    @staticmethod
     def shared_limit() -> int: ...
     @staticmethod
     def driver_ok() -> str: ...

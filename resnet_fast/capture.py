@@ -142,7 +142,8 @@ def _uncached_autocast() -> Iterator[None]:
 
 def _record(model: nn.Module, example: Tensor, pool: Any) -> _Graph:
     """Warm up on a side stream, and capture one forward."""
-    with torch.cuda.device(example.device), torch.no_grad(), _uncached_autocast():
+    # A buffer made in inference mode could not be written outside of it.
+    with torch.inference_mode(False), torch.cuda.device(example.device), torch.no_grad(), _uncached_autocast():
         x = example.clone(memory_format=torch.preserve_format)
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)

@@ -47,6 +47,7 @@ __all__ = [
     "fused_sums",
     "hook",
     "measured_blocks",
+    "measured_inference",
     "op",
     "prepare",
     "reasons",
@@ -357,6 +358,7 @@ class Table(NamedTuple):
     choices: dict[Signature, Choice]
     blocks: dict[Signature, str | None]  # how it was found that one is faster as it was; None where it is not
     unable: dict[Signature, str]
+    inference: dict[Signature, Row]  # whole blocks in inference: inference.py knows their ways
 
 
 _tables: dict[torch.device, Table] = {}
@@ -383,15 +385,18 @@ def resolve(signature: Signature, candidate: Candidate, device: torch.device) ->
 
 def add_rows(device: torch.device, rows: Iterable[Row]) -> None:
     """From now on the fastest candidate of each row runs on ``device``."""
-    known = _tables.get(device) or Table({}, {}, {}, {})
+    known = _tables.get(device) or Table({}, {}, {}, {}, {})
     # Replaced as a whole, so that threads may go on reading.
-    new = Table(dict(known.rows), dict(known.choices), dict(known.blocks), dict(known.unable))
+    new = Table(dict(known.rows), dict(known.choices), dict(known.blocks), dict(known.unable), dict(known.inference))
     for row in rows:
         signature, best = row.signature, row.candidates[0]
         new.rows[signature] = row
         new.choices.pop(signature, None)
         new.blocks.pop(signature, None)
         new.unable.pop(signature, None)
+        if signature.op == "inference":
+            new.inference[signature] = row
+            continue
         if signature.op == "block":
             new.blocks[signature] = None
             if best.backend == "original":
@@ -469,3 +474,10 @@ def measured_blocks(device: torch.device) -> Mapping[Signature, str | None]:
     if _forced.get() is not None:
         return _NO_ROWS
     return (_tables.get(device) or table(device)).blocks
+
+
+def measured_inference(device: torch.device) -> Mapping[Signature, Row]:
+    """Blocks whose inference was measured on ``device``; none under ``use_backend``, which asks for one way."""
+    if _forced.get() is not None:
+        return _NO_ROWS
+    return (_tables.get(device) or table(device)).inference

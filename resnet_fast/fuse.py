@@ -186,7 +186,7 @@ class Row(NamedTuple):
     status: str
     reason: str
     block: bool  # a block or sequence, not a lone convolution or norm
-    steps: tuple[schedule.Step, ...] = ()  # of its convolutions in training, where an input shape was given
+    steps: tuple[schedule.Step, ...] = ()  # of its convolutions in training, or of it in inference: with an input shape
 
 
 def _aligned(cells: list[tuple[str, str, str, str]]) -> list[str]:
@@ -259,8 +259,29 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, BlockPlan, str | 
                 yield name, module, part, state.backend if state else None
 
 
+def _device_to_explain(model: nn.Module, device: torch.device | str | None) -> torch.device | None:
+    """``device`` as torch knows it, with its number. Raises ``ValueError`` for one that cannot be asked."""
+    if device is None:
+        return None
+    found = torch.device(device)
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: found {found}, supported are cpu and cuda")
+    if model.training:
+        raise ValueError(
+            f"device: found {found} for a model in training mode, supported is inference. Remedy: model.eval(), or "
+            "explain it where it is"
+        )
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: found {found}, and torch sees no CUDA device here. Remedy: ask where there is one")
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
+
+
 def explain(
-    model: nn.Module, input_shape: Sequence[int] | None = None, *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    input_shape: Sequence[int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Explanation:
     """What of ``model`` is fused and why the rest is not; before fuse(): what would be.
 
@@ -268,13 +289,16 @@ def explain(
         model: any module; nothing in it is changed.
         input_shape: (N, C, H, W) of an image that the model trains on. Each row then has ``.steps``: what runs every
             convolution, forward and backward, and why: measured (see :func:`resnet_fast.warmup`), or the order of
-            backends. The model's forward runs once, on fake tensors. Under autocast it is asked for autocast's dtype.
+            backends. Of blocks in eval mode it is how they run in inference. The model's forward runs once, on fake
+            tensors. Under autocast it is asked for autocast's dtype.
         dtype: of that image; None: that of the model's parameters.
+        device: "cuda", of a model in eval mode: were it there. None: where it is.
 
     Returns rows with ``.name``, ``.kind``, ``.status`` ("fused", "partly", "not") and ``.reason``; prints as a table.
     Every convolution and batch norm is accounted for: in a row of its own, or within its block's.
     """
     _check_model(model)
+    where = _device_to_explain(model, device)
     seen: schedule.Inputs = {}
     if input_shape is not None:
         with undisturbed(model):
@@ -289,7 +313,7 @@ def explain(
         if seen and candidate.plan is not None and (state is not None or not answer.swapped):
             pinned = state.backend if state else None
             blocks_of = [part for part in parts(candidate.plan) if isinstance(part, BlockPlan)]
-            found = [schedule.steps(candidate.module, part, seen, pinned) for part in blocks_of]
+            found = [schedule.steps(candidate.module, part, seen, pinned, where) for part in blocks_of]
             row = row._replace(steps=tuple(step for steps in found for step in steps))
         answer.append(row)
     return answer

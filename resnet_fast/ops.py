@@ -46,6 +46,7 @@ __all__ = [
     "maxpool_backward_apply",
     "maxpool_backward_sums",
     "stats_dtype",
+    "whole_stem",
 ]
 
 CHANNELS_LAST = torch.channels_last
@@ -562,3 +563,15 @@ def bottleneck(
     if rw is not None and rscale is not None and rshift is not None:
         residual = conv(x, rw, rshift, [1, 1], [0, 0], [1, 1], 1, rscale, relu=False)
     return conv(a2, w3, shift3, [1, 1], [0, 0], [1, 1], 1, scale3, residual)
+
+
+@op
+def whole_stem(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Inference: a whole stem, z = maxpool(relu(conv(x, w) * scale + shift)): stride 2; 3 x 3, stride 2, padding 1.
+
+    ``x`` (N, C, H, W); w (K, C, R, R), R odd, padded by R // 2, in the dtype of ``x``; scale, shift (K,). Returns z in
+    that dtype, (N, K, P, Q), channels-last, P = ceil(H / 4), Q = ceil(W / 4). The activation is rounded to it.
+    """
+    r = w.shape[2] // 2
+    z = F.max_pool2d(conv_affine_act.definition(x, w, shift, [2, 2], [r, r], [1, 1], 1, scale), 3, 2, 1)
+    return _store(z, x.dtype)

@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import dispatch, tables
+from . import dispatch, inference, tables
 from . import functional as f
 from .dispatch import OPS, PARTS, SIGNATURES
 from .guards import block_signature, collect, faster_unfused, multiply_adds, pools
 from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, find
 from .tables import Candidate, Row, Signature
 
-__all__ = ["Call", "Part", "Step", "apart", "describe", "inputs", "parts", "steps"]
+__all__ = ["Call", "Part", "Step", "apart", "describe", "inputs", "parts", "requests", "steps"]
 
 #: Sizes, dtype and gradient of what a convolution was given.
 Inputs = Mapping[int, Sequence[Tensor]]
@@ -56,7 +56,7 @@ class Step(NamedTuple):
     """One line of ``explain(model, input_shape)``: what runs, and why that."""
 
     layer: str
-    direction: str  # "forward", "backward" or "block"
+    direction: str  # "forward", "backward" or "block"; "inference", of a block in eval mode
     runs: str
     reason: str
 
@@ -286,10 +286,52 @@ def _block_step(part: Part, device: torch.device) -> Step | None:
     return Step("", "block", best.backend, reason)
 
 
-def steps(module: nn.Module, plan: BlockPlan, seen: Inputs, pinned: str | None) -> list[Step]:
-    """What ``module`` runs at each of its inputs; ``pinned``: the one backend that it was fused for."""
+def requests(
+    module: nn.Module, plan: BlockPlan, seen: Inputs, device: torch.device | None = None
+) -> Iterator[inference.Request]:
+    """What inference of the block depends on, at every input that ``seen`` has of it, were it on ``device`` (None:
+    where it is). Nothing where it would not run fused, or normalises by its batch.
+    """
+    try:
+        layers, projection = collect(module, plan)
+    except Refusal:
+        return
+    if any(la.batch_stats for la in (*layers, *([projection] if projection else []))):
+        return
+    residual = plan.shortcut == "given" or isinstance(plan.shortcut, Opaque)
+    pool = pools(module, plan, layers)
+    for x in seen.get(id(find(module, plan.layers[0].conv).weight), ()):
+        if x.dtype == torch.float64 or layers[0].weight.dtype == torch.float64:
+            continue
+        where = device or x.device
+        dtype = torch.get_autocast_dtype(where.type) if torch.is_autocast_enabled(where.type) else x.dtype
+        known = inference.Like(where, dtype, tuple(x.shape))
+        yield inference.Request(known, layers, projection, residual, plan.shortcut == "identity", pool)
+
+
+def _inference_step(request: inference.Request, pinned: str | None) -> Step:
+    """How a block runs in eval mode without gradients."""
+    if request.x.device.type == "cpu":
+        return Step("", "inference", "folded weights", "on a CPU there is nothing to choose")
+    try:
+        with dispatch.use_backend(pinned):
+            way, reason = inference.explain_way(request)
+    except dispatch.BackendError as error:
+        return Step("", "inference", f"{pinned} raises", str(error))
+    return Step("", "inference", str(way), reason)
+
+
+def steps(
+    module: nn.Module, plan: BlockPlan, seen: Inputs, pinned: str | None, device: torch.device | None = None
+) -> list[Step]:
+    """What ``module`` runs at each of its inputs: in training, or in eval mode in inference (on ``device``: there).
+
+    ``pinned``: the one backend that it was fused for.
+    """
     found: list[Step] = []
     pinned = pinned or dispatch.forced_backend()
+    if not module.training:
+        return [_inference_step(request, pinned) for request in requests(module, plan, seen, device)]
     for part in parts(module, plan, seen):
         whole = None if pinned else _block_step(part, part.x.device)
         if whole is not None:

@@ -1,6 +1,7 @@
 """warmup(): measure once which backend and configuration runs each convolution of a model fastest, and keep it.
 
-Every distinct (op, shape, dtype) of the model's blocks is measured alone on random tensors, in every way that can run
+Of a model in eval mode it measures how each block runs fastest in inference (inference_tuning.py). In training mode
+every distinct (op, shape, dtype) of the model's blocks is measured alone on random tensors, in every way that can run
 it, in turns; then each distinct block, forward and backward, against its unfused form. What is fastest goes into the
 table of the device, which dispatch.py looks into. Training never measures anything.
 """
@@ -24,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch, tables
+from . import dispatch, inference_tuning, tables
 from . import functional as f
 from .dispatch import OPS, PARTS, Choice
 from .fuse import blocks, undisturbed
+from .inference import Request
 from .plan import Opaque
 from .schedule import Call, Part, apart, describe, inputs, parts
 from .tables import Candidate, Row, Signature
@@ -59,6 +61,7 @@ class Report:
     known: int  # rows that were there already
     path: Path | None  # the table's file; None where it could not be written, or nothing was measured
     left_out: tuple[str, ...]  # what failed, and how
+    note: str = ""  # why there was nothing to measure
 
     def __str__(self) -> str:
         wins: dict[str, int] = {}
@@ -66,6 +69,8 @@ class Report:
             wins[row.candidates[0].backend] = wins.get(row.candidates[0].backend, 0) + 1
         won = ", ".join(f"{name} {n}" for name, n in sorted(wins.items(), key=lambda item: -item[1]))
         rivals = sorted({c.backend for row in self.measured for c in row.candidates})
+        if self.note:
+            return f"{self.device}: {self.note}"
         lines = [f"{self.device}: {len(self.measured)} measured, {self.known} known before"]
         if self.measured:
             lines.append(f"compared {', '.join(rivals)}; fastest: {won}")
@@ -184,6 +189,22 @@ class _Tuner:
             for i in running:
                 times[i].append(self.timer(functions[i], self.device))
         return {i: median(t) for i, t in times.items()}
+
+    def right(
+        self, functions: Mapping[str, Callable[[], Tensor]], expected: Tensor, what: str
+    ) -> dict[str, Callable[[], Tensor]]:
+        """Those that run and give ``expected``; the others are left out of ``what``, and it is said."""
+        found = {}
+        for name, function in functions.items():
+            try:
+                wrong = _differs([function()], [expected], expected.dtype)
+            except Exception as error:  # as in op()
+                wrong = f"{type(error).__name__}: {error}"
+            if wrong is None:
+                found[name] = function
+            else:
+                self.leave_out(f"{name} for {what}", wrong)
+        return found
 
     def op(self, call: Call) -> Row | None:
         """Everything measured for one call; None where nothing could run it but the order of backends."""
@@ -343,7 +364,7 @@ def _shape(signature: Signature) -> str:
     """A shape in a few words, for the bar and warnings."""
     size = "x".join(map(str, signature.x))
     w, stride, *_ = signature.layers[0]
-    if signature.op == "block":
+    if signature.op in ("block", "inference"):
         return f"of {len(signature.layers)} layers at {size}"
     return f"{size} to {w[0]}, {w[2]}x{w[3]}" + (f"/{stride[0]}" if stride != (1, 1) else "")
 
@@ -387,6 +408,12 @@ def _work(
     return dict(sorted(calls.items(), key=lambda item: item[0].op == "conv_backward_sums")), whole, device
 
 
+_FOLDED = (
+    "nothing to measure: a CPU's inference runs on folded weights, and knows no other way. Training is measured in "
+    "training mode: warmup(model.train(), input_shape)"
+)
+
+
 def warmup(
     model: nn.Module,
     input_shape: Sequence[int],
@@ -401,8 +428,8 @@ def warmup(
 
     Args:
         model: a model, fused or to be fused, on the device that it trains on. It is not changed: its forward runs once,
-            on fake tensors, and what is measured are random tensors of the same sizes.
-        input_shape: (N, C, H, W) of an image that it trains on. Rows hold for this batch and size alone.
+            on fake tensors, and what is measured are random tensors of the same sizes. In eval mode: for inference.
+        input_shape: (N, C, H, W) of an image that it trains on, or infers. Rows hold for this batch and size alone.
         dtype: of that image; None: that of the parameters. Under autocast what autocast makes of it is measured.
         cache: folder of the table; None: $RESNET_FAST_CACHE, or $XDG_CACHE_HOME/resnet_fast, where later processes
             look for it by themselves.
@@ -413,11 +440,17 @@ def warmup(
     Ways to run an op are the backends that can, and their configurations: ours fused, the library's convolution with
     our kernels around it, a mix of both by direction. One whose numbers are not those of the definition is left out
     with a :class:`TuningWarning`. On a CPU the ways are the CPU's. Interrupted by Ctrl-C, it keeps what was measured.
+    For inference they are, of each block: one kernel for all of it, a fused kernel for each convolution, the library's
+    convolutions with a pass behind each, plain torch; on a CPU, where weights are folded, there is nothing to measure.
     Raises ``ValueError`` where there is nothing to measure.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
-    calls, whole, device = _work(model, input_shape, dtype)
+    calls, whole, requests = {}, {}, {}  # type: ignore[var-annotated]
+    if model.training:
+        calls, whole, device = _work(model, input_shape, dtype)
+    else:
+        requests, device = inference_tuning.work(model, input_shape, dtype)
     if device is None:
         raise ValueError(
             "model: found no block that is fused, or would be, and is free in its backend. "
@@ -425,11 +458,13 @@ def warmup(
         )
     if dispatch.forced_backend() is not None:
         raise ValueError("warmup inside use_backend(...) compares nothing. Remedy: call it outside")
+    if requests and device.type == "cpu":
+        return Report(tables.device_name(device), (), 0, None, (), _FOLDED)
     if cache is not None:
         dispatch.add_rows(device, tables.load(device, cache).values())
     rows = dispatch.table(device).rows
-    known = 0 if again else sum(signature in rows for signature in (*calls, *whole))
-    every: list[Call | Part] = [*calls.values(), *whole.values()]
+    known = 0 if again else sum(signature in rows for signature in (*calls, *whole, *requests))
+    every: list[Call | Part | Request] = [*calls.values(), *whole.values(), *requests.values()]
     wanted = [work for work in every if again or work.signature not in rows]
     bar = _Bar(len(wanted), progress and bool(wanted))
     tuner = _Tuner(device, timer, bar)
@@ -441,7 +476,10 @@ def warmup(
             for work in wanted:
                 assert work.signature is not None
                 bar(f"{work.signature.op} {_shape(work.signature)}")
-                row = tuner.op(work) if isinstance(work, Call) else tuner.block(work)
+                if isinstance(work, Request):
+                    row = inference_tuning.measure(work, tuner, f"a block {_shape(work.signature)}")
+                else:
+                    row = tuner.op(work) if isinstance(work, Call) else tuner.block(work)
                 if row is not None:
                     measured.append(row)
                     dispatch.add_rows(device, [row])

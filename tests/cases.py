@@ -118,6 +118,9 @@ WHOLE_BLOCKS = {
     "projection": (Case("first", 1, 64, 9, 17, 64, 1, 1, 0), Case("first_wide", 1, 64, 9, 17, 128, 1, 1, 0)),
 }
 
+#: A stem that has a whole kernel: four tiles, one of them whole.
+WHOLE_STEM = Case("stem", 1, 3, 35, 37, 64, 7, 2, 3)
+
 LAYOUTS = ("channels_last", "nchw", "sliced", "unaligned")
 
 
@@ -196,6 +199,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     # Of a case with C channels and K, the width: to 2 K with a projection.
     "bottleneck": {"identity": (), "projection": ("rw", "rscale", "rshift")},
+    "whole_stem": {"plain": ()},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
 import os
@@ -82,6 +83,10 @@ def test_plan_for_a_gpu(part: str) -> None:
             "max-autotune",
         )
         assert all(word in text for word in words)
+        if part == "inference":  # capture() at every batch of interest, with torch.compile's graphs beside it
+            for batch in (1, 8, 32, 128, 256):
+                assert {f"inference/resnet50/{batch}/bfloat16/{group}" for group in ("graphs", "tuned")} <= set(keys)
+            assert {timing.CAPTURED, "reduce_overhead"} < set(parts.GROUPS["graphs"])
 
 
 def test_shares_are_whole() -> None:
@@ -98,6 +103,57 @@ def test_groups_name_contenders() -> None:
         if name.endswith(timing.GRAPH) and not torch.cuda.is_available():
             with pytest.raises(RuntimeError, match="needs a CUDA device"):
                 made.call()
+        if name == timing.CAPTURED:
+            with pytest.raises(
+                ValueError, match=r"found device cpu, supported is cuda.* Remedy: call the model itself"
+            ):
+                made.call()
+
+
+def test_capture_is_a_contender_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In inference on a GPU, and refused where its numbers are other ones than the model's."""
+    made: list[str] = []
+    monkeypatch.setattr(timing, "contender", lambda name, *_: made.append(name))
+    for mode, device in (("inference", "cuda"), ("training", "cuda"), ("inference", "cpu")):
+        setting = timing.Setting(mode, 2, 8, torch.float32, torch.device(device))
+        timing.contenders(torch.nn.Identity(), torch.zeros(1), setting, ["channels_last"])
+    assert made == ["channels_last", "resnet_fast", "captured", *["channels_last", "resnet_fast"] * 2]
+    x, replays = torch.ones(2, 3), []
+
+    def capture(factor: float) -> Any:
+        return lambda model, example: lambda x: replays.append(1) or factor * model(x)
+
+    monkeypatch.setattr(timing.resnet_fast, "capture", capture(1.0))
+    call = timing._Captured(torch.nn.Identity())
+    assert torch.equal(call(x), x) and torch.equal(call(2 * x), 2 * x) and len(replays) == 3
+    monkeypatch.setattr(timing.resnet_fast, "capture", capture(1.1))
+    with pytest.raises(RuntimeError, match=r"captured: its numbers are 10\.0% off"):
+        timing._Captured(torch.nn.Identity())(x)
+
+
+def test_tuned_is_warmed_up_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, for its own network, size and dtype; the contenders of the next group have no table of it."""
+    asked: list[Any] = []
+    forgotten: list[int] = []
+    monkeypatch.setattr(timing.resnet_fast, "warmup", lambda model, shape, **options: asked.append((*shape, options)))
+    monkeypatch.setattr(parts, "forget", lambda: forgotten.append(1))
+    monkeypatch.setitem(parts.GROUPS, "tuned", ("channels_last", timing.TUNED))
+    records = parts._network(TINY, "inference", parts.Network("cifar_resnet20", 2, torch.float32, "tuned"), Progress())
+    assert {r["contender"] for r in records} == {"channels_last", "tuned"} and not any(r["failed"] for r in records)
+    assert len(asked) == 1 and asked[0][:4] == (2, 3, 32, 32) and asked[0][4]["dtype"] == torch.float32
+    assert forgotten == [1]
+    parts._network(TINY, "inference", parts.Network("cifar_resnet20", 2, torch.float32, "plain"), Progress())
+    assert forgotten == [1]
+
+
+def test_freezing_is_on_while_it_compiles() -> None:
+    """And off again for what runs afterwards."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    inductor = importlib.import_module("torch._inductor.config")
+    seen: list[bool] = []
+    call = timing._Frozen(lambda x: seen.append(inductor.freezing) or model(x))
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(call(x), call(x)) and seen == [True, inductor.freezing]
 
 
 def _raises(*_: Any) -> Any:

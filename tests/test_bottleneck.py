@@ -6,19 +6,18 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import resnet_fast
 from resnet_fast import adapters, dispatch, guards, inference, ops
 from resnet_fast.dispatch import backend, use_backend
 from resnet_fast.functional import ConvBn
-from resnet_fast.models import Bottleneck, resnet50
+from resnet_fast.models import Bottleneck
 from tests import cuda_on_cpu
 from tests.blocks import KINDS, Block
 from tests.cases import LAYOUTS, NASTY, TINY, WHOLE_BLOCKS, Case, inputs
@@ -331,21 +330,6 @@ def test_blocks_without_the_kernel_say_why() -> None:
         assert inference.whole_block_why_not(x, layers, **shortcut) == "no backend for cpu has it"
 
 
-def test_whole_blocks_run_where_asked_for_or_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [ConvBn(torch.empty(64, 256, 1, 1))]
-    gpu: Any = SimpleNamespace(device=torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    assert not inference._wants_whole_block(gpu, layers)
-    assert not inference._wants_whole_block(torch.empty(1), layers)
-    monkeypatch.setitem(inference.MEASURED, "A GPU", frozenset({64}))
-    assert inference._wants_whole_block(gpu, layers)
-    assert not inference._wants_whole_block(gpu, [ConvBn(torch.empty(128, 512, 1, 1))])
-    with use_backend("triton"):
-        assert not inference._wants_whole_block(gpu, layers)
-    with use_backend("native"):
-        assert inference._wants_whole_block(gpu, layers)
-
-
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"gamma": None, "beta": None}], ids=["plain", "bias", "bare"])
 @pytest.mark.parametrize("name, device, dtype", [p for p in backends("conv_affine_act") if p.values[0] == "triton"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -442,74 +426,6 @@ def test_forms_of_inference(device: str, dtype: torch.dtype, asked: str | None, 
     assert z.is_contiguous(memory_format=torch.channels_last)
     assert_same_bits(z, again)
     assert_close(z, ref64, torchs, dtype=low)
-
-
-# ---- whole networks, on a GPU
-
-NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
-
-
-def _network(name: str) -> nn.Module:
-    """By its own library; batch norms as after training."""
-    torch.manual_seed(0)
-    if name != "wide_resnet50_2":
-        return calibrated(resnet_fast.models.MODELS[name]()).eval()
-    return calibrated(require("torchvision").models.wide_resnet50_2(weights=None)).eval()
-
-
-def _photographic(n: int, h: int, w: int) -> Tensor:
-    """Smooth shapes with edges, as photographs have them: low frequencies dominate, neighbours resemble each other."""
-    coarse = torch.randn(n, 3, 8, 8)
-    smooth = F.interpolate(coarse, (h, w), mode="bicubic", align_corners=False)
-    return smooth + F.interpolate((coarse[:, :, :4, :4] > 0).float(), (h, w)) + 0.05 * torch.randn(n, 3, h, w)
-
-
-def _relative(t: Tensor, ref64: Tensor) -> float:
-    return ((t.double() - ref64).norm() / ref64.norm()).item()
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("asked", [None, "native", "triton"])
-@pytest.mark.parametrize("dtype", LOW, ids=name_of)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_networks_on_a_gpu(name: str, dtype: torch.dtype, asked: str | None) -> None:
-    """At 224 and an odd size, batch 1 and more: as near to float64 as torch is, and of the same opinion."""
-    model = _network(name).cuda()
-    judge = copy.deepcopy(model).double()
-    model = model.to(dtype=dtype, memory_format=torch.channels_last)
-    ours = resnet_fast.fuse(copy.deepcopy(model), backend=asked)
-    for n, h, w, make in ((1, 224, 224, torch.randn), (3, 225, 199, torch.randn), (8, 224, 224, _photographic)):
-        x = make(n, 3, h, w) if make is _photographic else torch.randn(n, 3, h, w)
-        x = x.to("cuda", dtype).to(memory_format=torch.channels_last)
-        with torch.inference_mode():
-            ref64, torchs, z = judge(x.double()), model(x), ours(x)
-        assert z.isfinite().all() and z.dtype == dtype
-        assert _relative(z, ref64) <= 2 * _relative(torchs, ref64) + 4 * torch.finfo(dtype).eps
-        _assert_same_opinion(z, torchs, ref64)
-
-
-def _assert_same_opinion(z: Tensor, torchs: Tensor, ref64: Tensor) -> None:
-    """Top-1 agrees with eager's wherever eager's lead over the next class is beyond both errors."""
-    error = torch.maximum((z - ref64).abs().amax(1), (torchs - ref64).abs().amax(1))
-    first, second = torchs.double().topk(2, dim=1).values.unbind(1)
-    clear = first - second > 2 * error
-    assert torch.equal(z.argmax(1)[clear], torchs.argmax(1)[clear])
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("batch", [32, 256])
-def test_large_batches_on_a_gpu(batch: int) -> None:
-    """Every image comes out as in a small batch."""
-    model = calibrated(resnet50()).eval().to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
-    ours = resnet_fast.fuse(copy.deepcopy(model), backend="native")
-    x = torch.randn(batch, 3, 224, 224, device="cuda").bfloat16().to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        torchs, z = model(x), ours(x)
-        ref64 = copy.deepcopy(model).double()(x[-4:].double())
-    assert _relative(z[-4:], ref64) <= 2 * _relative(torchs[-4:], ref64) + 4 * torch.finfo(torch.bfloat16).eps
-    assert _relative(z, torchs.double()) <= 3 * _relative(torchs[-4:], ref64) + 4 * torch.finfo(torch.bfloat16).eps
 
 
 def test_definition_needs_all_of_a_projection() -> None:

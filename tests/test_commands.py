@@ -161,6 +161,7 @@ def test_wrong_kernels_are_found(
         (["--batch", "0"], ["--batch 0", "positive"]),
         (["--batch", "two"], ["--batch two"]),
         (["--against", "compiled"], ["Did you mean 'compile'?"]),
+        (["--against", "max_autotune"], ["supported is inference on a GPU", "Remedy: --against eager,channels_last"]),
         (["--mode", "train"], ["Did you mean 'training'?"]),
         (["--images", "no-such-folder"], ["no such folder"]),
         (["--json", "no-such-folder/x.json"], ["--json", "no such folder"]),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resnet_fast.dispatch import OPS
 from tests import cuda_on_cpu
-from tests.cases import TINY, VARIANTS, WHOLE_BLOCKS, inputs
+from tests.cases import TINY, VARIANTS, WHOLE_BLOCKS, WHOLE_STEM, inputs
 from tests.tolerance import backends
 
 why_not = cuda_on_cpu.why_not()
@@ -243,6 +243,8 @@ def test_every_cuda_kernel_is_reached_by_an_op(monkeypatch: pytest.MonkeyPatch) 
             case, dtype = TINY[1], torch.float32
             if op == "bottleneck":
                 case, dtype = WHOLE_BLOCKS[variant][0]._replace(H=1, W=1), torch.float16
+            if op == "whole_stem":
+                case, dtype = WHOLE_STEM._replace(H=1, W=1), torch.float16
             cuda_on_cpu.run(op, inputs(op, case, dtype, variant=variant))
     there = {name for name in dir(kernels._module) if not name.startswith("_")}
     assert there - called <= {"driver_ok"}

@@ -51,6 +51,7 @@ FLOORS = {
     "fuse": 4,
     "swap": 4,
     "tuning": 4,
+    "inference_tuning": 4,
     "models": 4,
     "recipes": 5,
     "commands": 5,
@@ -79,6 +80,8 @@ SIDEWAYS = {
     ("fuse", "adapters"),
     ("fuse", "swap"),
     ("tuning", "fuse"),
+    ("tuning", "inference_tuning"),
+    ("inference_tuning", "fuse"),
     ("recipes", "commands"),  # their errors, progress, plots
     ("commands", "recipes"),  # train, evaluate, analyze
     ("__main__", "commands"),

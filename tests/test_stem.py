@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from resnet_fast import ops
 from resnet_fast.dispatch import OPS as OPS_ALL
 from resnet_fast.dispatch import backend, reasons
-from tests.cases import LAYOUTS, NASTY, TINY, Case, inputs
+from tests import cuda_on_cpu
+from tests.cases import LAYOUTS, NASTY, TINY, WHOLE_STEM, Case, inputs
 from tests.tolerance import (
     assert_all_close,
     assert_same_bits,
@@ -25,6 +26,7 @@ from tests.tolerance import (
     variants,
 )
 
+LOW = (torch.bfloat16, torch.float16)
 OPS = ("affine_act_maxpool", "maxpool_backward_sums", "maxpool_backward_apply")
 
 #: y is (N, K, P, Q) of these: images of every parity, and windows behind one block of columns.
@@ -279,3 +281,76 @@ def test_eager_and_definition_are_one_function() -> None:
 
 def _tuple(value: Any) -> tuple[torch.Tensor, ...]:
     return (value,) if isinstance(value, torch.Tensor) else value
+
+
+# ---- a whole stem in one kernel
+
+#: Every tail of a tile of 8 x 8 pixels of z, 32 x 32 of x; one pixel; more than one image.
+STEMS = ((1, 35, 37), (2, 1, 1), (1, 4, 33), (3, 6, 3), (1, 32, 64), (1, 61, 8))
+WHOLE = [p for p in backends("whole_stem", LOW) if p.values[:2] in (("cuda_on_cpu", "cpu"), ("native", "cuda"))]
+
+
+def _has_kernel(name: str, kwargs: dict[str, Any]) -> bool:
+    module = cuda_on_cpu.native() if name == "cuda_on_cpu" else backend("native")
+    x, w = kwargs["x"], kwargs["w"]
+    return module.whole_stem_why_not(x.device, x.dtype, list(x.shape), list(w.shape)) is None
+
+
+@pytest.mark.parametrize("case", ["1x1", "threads", "K9", "N1", "image_1x1", "C3_K7"])
+@pytest.mark.parametrize("op, variant, name, device, dtype", variants("whole_stem"))
+def test_stem_of_any_shape(op: str, variant: str, name: str, device: str, dtype: torch.dtype, case: str) -> None:
+    """Without a kernel it is made of a convolution and one pass."""
+    check(op, inputs(op, next(c for c in TINY + NASTY if c.name == case), dtype, device, variant=variant), name)
+
+
+@pytest.mark.parametrize("n, h, w", STEMS)
+@pytest.mark.parametrize("name, device, dtype", WHOLE)
+def test_whole_stem(name: str, device: str, dtype: torch.dtype, n: int, h: int, w: int) -> None:
+    kwargs = inputs("whole_stem", WHOLE_STEM._replace(N=n, H=h, W=w), dtype, device)
+    assert _has_kernel(name, kwargs)
+    check("whole_stem", kwargs, name)
+
+
+@pytest.mark.parametrize("name, device, dtype", WHOLE)
+def test_whole_stem_with_nan(name: str, device: str, dtype: torch.dtype) -> None:
+    """It goes where torch's goes, in each operand in turn; infinities in x, too."""
+    case = WHOLE_STEM._replace(H=21, W=22)
+    for key in ("x", "w", "scale", "shift"):
+        kwargs = inputs("whole_stem", case, dtype, device)
+        kwargs[key][(0, 1, 9, 10)[: kwargs[key].dim()] if key == "x" else (0,) * kwargs[key].dim()] = torch.nan
+        ours, torchs = run("whole_stem", kwargs, name), eager("whole_stem", kwargs)
+        assert torchs.isnan().any()
+        if key == "w":  # a matrix product multiplies the padding by it, too
+            assert (ours.isnan() >= torchs.isnan()).all()
+        else:
+            assert torch.equal(ours.isnan(), torchs.isnan()), f"NaN in {key}"
+    kwargs = inputs("whole_stem", case, dtype, device)
+    kwargs["x"][0, 2, 8, 13] = torch.inf
+    assert torch.equal(run("whole_stem", kwargs, name).isnan(), eager("whole_stem", kwargs).isnan())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("name, device, dtype", [p for p in WHOLE if p.values[2] == torch.bfloat16])
+def test_whole_stem_in_any_layout(name: str, device: str, dtype: torch.dtype, layout: str) -> None:
+    case = WHOLE_STEM._replace(H=9, W=11)
+    check("whole_stem", inputs("whole_stem", case, dtype, device, layout=layout), name)
+
+
+@pytest.mark.skipif(cuda_on_cpu.why_not() is not None, reason=f"cuda_on_cpu: {cuda_on_cpu.why_not() or ''}")
+def test_whole_stem_has_reasons() -> None:
+    native, cpu = cuda_on_cpu.native(), torch.device("cpu")
+    assert native._C.cuda.whole_stem_shared() == 78144  # two blocks on a multiprocessor of sm_80 and sm_90
+    for dtype, x, w, reason in (
+        (torch.float32, [1, 3, 9, 9], [64, 3, 7, 7], "dtype float32"),
+        (torch.float16, [1, 4, 9, 9], [64, 3, 7, 7], "on 4 channels"),
+        (torch.float16, [1, 3, 9, 9], [32, 3, 7, 7], r"a filter (32, 3, 7, 7)"),
+        (torch.float16, [2**22, 3, 999, 999], [64, 3, 7, 7], "below 2^31 tiles"),
+    ):
+        assert reason in (native.whole_stem_why_not(cpu, dtype, x, w) or ""), reason
+    with cuda_on_cpu.shared_memory(64 << 10):
+        assert "needs 78144 bytes" in native.whole_stem_why_not(cpu, torch.float16, [1, 3, 9, 9], [64, 3, 7, 7])
+    assert "supported: cuda" in backend("native").whole_stem_why_not(cpu, torch.float16, [1, 3, 9, 9], [64, 3, 7, 7])
+    kwargs = inputs("whole_stem", WHOLE_STEM, torch.float16)
+    for key in ("w", "scale"):
+        with pytest.raises(ValueError, match=f"{key}: found "):
+            native.whole_stem(**{**kwargs, key: kwargs[key].float() if key == "w" else kwargs[key][:-1]})

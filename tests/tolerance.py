@@ -348,6 +348,11 @@ def _eager_bottleneck(
     return torch.relu(_affine(F.conv2d(a2, w3), scale3, shift3) + side)
 
 
+def _eager_whole_stem(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    y = F.conv2d(x, w, None, 2, w.shape[2] // 2)
+    return F.max_pool2d(torch.relu(_affine(y, scale, shift)), 3, 2, 1)
+
+
 _EAGER: dict[str, Callable[..., Any]] = {
     "bn_stats": _eager_bn_stats,
     "bn_finalize": _eager_bn_finalize,
@@ -367,6 +372,7 @@ _EAGER: dict[str, Callable[..., Any]] = {
     "conv_backward_sums": _eager_conv_backward_sums,
     "conv_affine_act": _eager_conv_affine_act,
     "bottleneck": _eager_bottleneck,
+    "whole_stem": _eager_whole_stem,
 }
 
 

@@ -7,19 +7,8 @@
 //   z  = relu(conv1x1(a2, w3) * scale3 + shift3 + shortcut)            k channels
 //   shortcut = x (c = k), or, PROJECTION, conv1x1(x, rw) * rscale + rshift
 //
-// One CTA per multiprocessor walks over tiles of 8 x 16 pixels of z:
-//
-//        q-1  q ....... q+7 q+8 ...... q+15 q+16
-//   p-1   . . . . . . . . . . . . . . . . . . .     the patch, 10 x 18: where a1 is needed. It is
-//   p     . +---------------+---------------+ .     0 outside of the image, after affine and ReLU.
-//   p+1   . |  pair 0, left |  pair 0, right| .
-//   p+2   . +---------------+---------------+ .     +---+ 16 pixels of z, two rows of eight: the
-//   p+3   . |  pair 1, left |  pair 1, right| .     |   | M of one mma.sync m16n8k16. One that lies
-//    :    . +---------------+---------------+ .     +---+ behind the image is left out.
-//   p+7   . |  pair 3, left |  pair 3, right| .
-//   p+8   . . . . . . . . . . . . . . . . . . .     A patch at the image's edge is smaller: rows +
-//   2
-//                                                  by columns + 2 pixels, of the tile's that exist.
+// One CTA per multiprocessor walks over tiles of z; bottleneck.cuh draws one, and has what lies in
+// shared memory.
 //
 //   conv1   a1[patch, WIDTH] = x[patch, c] * w1       x comes in chunks of 64 channels (cp.async)
 //   conv2   a2[tile, WIDTH] = nine shifted products: ldmatrix takes any eight rows, so a shift by
@@ -27,169 +16,16 @@
 //           above, at and below it.
 //   conv3   z[tile, k], 64 channels at a time; x is added from memory (L2: it was just read)
 //
-// Eight warps share a product as WARPS_M x WARPS_N, 32 columns each. Of four neighbouring mma tiles
-// (n8), tile t takes channels 8 * i + 2 * t and the next, i = 0 to 3: a thread then holds eight
-// neighbouring channels of its pixels, which are one access of 16 bytes to shared memory, x or z.
-//
-// Shared memory, 16-bit elements:    patch    a1, then (in its place) a2
-//                                    X_STAGES chunks of x, patch * 64
-//                                    weights: RESIDENT all of them, once; else RING slabs of 24 KB
-// A row (a pixel, or an output channel of a weight) is split into units of 16 bytes; unit u lies at
-// u ^ key(row), so that the eight rows which ldmatrix reads at a time lie in different banks: they
-// are neighbouring pixels (key row % 8), or the channels above (key row / 8 % 4 * 2 + row % 2).
+// Eight warps share a product as WARPS_M x WARPS_N, 32 columns each (mma.cuh).
 //
 // Work goes by steps, each with its own slab of weights: c / 64 of conv1, 3 * WIDTH / DEPTH of
 // conv2 (a column of taps, DEPTH channels of a1), k / 64 of conv3. A step waits for its operands,
 // meets the other warps, starts the copies for a later step, and multiplies.
-#include "common.cuh"
-#include "ptx.cuh"
+#include "bottleneck.cuh"
+#include "mma.cuh"
 
 namespace resnet_fast::cuda {
 namespace {
-
-constexpr int WARPS = 8;
-constexpr int BLOCK_P = 8, BLOCK_Q = 16;
-constexpr int PATCH = (BLOCK_P + 2) * (BLOCK_Q + 2);
-constexpr int CHUNK = 64;
-constexpr int RING = 3;
-
-/// What the kernel is asked for; images are (n, h, w, channels), weights (out, r, s, in).
-template <class T>
-struct Problem {
-  const T *x, *w1, *w2, *w3, *rw;
-  const float *scale1, *shift1, *scale2, *shift2, *scale3, *shift3, *rscale, *rshift;
-  T* z;
-  int h, w, c, k;
-  unsigned tiles_p, tiles_q, tiles;
-};
-
-/// One way to run it: sizes in elements.
-template <class T_, int WIDTH_, bool PROJECTION_, bool RESIDENT_>
-struct Variant {
-  using T = T_;
-  static constexpr int WIDTH = WIDTH_;
-  static constexpr bool PROJECTION = PROJECTION_, RESIDENT = RESIDENT_;
-
-  static constexpr int WARPS_N = WIDTH / 32, WARPS_M = WARPS / WARPS_N;
-  static constexpr int DEPTH = 4096 / WIDTH;
-  static constexpr int X_CHUNK = PATCH * CHUNK;
-  static constexpr int X_STAGES = WIDTH == 64 && !(PROJECTION && RESIDENT) ? 3 : 2;
-  // Slabs: of w1, w2 and w3 (with rw's behind it).
-  static constexpr int SLAB1 = WIDTH * CHUNK;
-  static constexpr int SLAB2 = 3 * WIDTH * DEPTH;
-  static constexpr int SLAB3 = CHUNK * (WIDTH + (PROJECTION ? CHUNK : 0));
-  static constexpr int STEPS2 = 3 * WIDTH / DEPTH;
-  static_assert(SLAB1 <= SLAB2 && SLAB3 <= SLAB2);
-
-  static __host__ __device__ constexpr int64_t weights(int64_t c, int64_t k) {
-    if (!RESIDENT) return RING * SLAB2;
-    return c / CHUNK * SLAB1 + STEPS2 * SLAB2 + k / CHUNK * SLAB3;
-  }
-  static constexpr int64_t shared_bytes(int64_t c, int64_t k) {
-    return 2 * (PATCH * WIDTH + X_STAGES * X_CHUNK + weights(c, k));
-  }
-};
-
-/// A tile of z, and the patch of a1 around it.
-struct Tile {
-  int64_t image;      // the pixels before it, all images
-  int p, q;           // the first pixel
-  int rows, columns;  // that lie in the image
-  int pitch, pixels;  // of the patch: pixels in a row, and in all
-  unsigned reciprocal;
-
-  template <class T>
-  __device__ Tile(const Problem<T>& problem, unsigned number) {
-    const unsigned line = number / problem.tiles_q;
-    q = static_cast<int>(number % problem.tiles_q) * BLOCK_Q;
-    p = static_cast<int>(line % problem.tiles_p) * BLOCK_P;
-    image = int64_t{line / problem.tiles_p} * problem.h * problem.w;
-    rows = min(BLOCK_P, problem.h - p);
-    columns = min(BLOCK_Q, problem.w - q);
-    pitch = columns + 2;
-    pixels = (rows + 2) * pitch;
-    reciprocal = 65536u / static_cast<unsigned>(pitch) + 1;
-  }
-
-  /// The patch's row in which one of its pixels lies: exact below 3640 pixels.
-  __device__ int row_of(int pixel) const {
-    return static_cast<int>(static_cast<unsigned>(pixel) * reciprocal >> 16);
-  }
-
-  /// Whether the patch's (row, column) lies in the image.
-  template <class T>
-  __device__ bool inside(const Problem<T>& problem, int row, int column) const {
-    return static_cast<unsigned>(p - 1 + row) < static_cast<unsigned>(problem.h) &&
-           static_cast<unsigned>(q - 1 + column) < static_cast<unsigned>(problem.w);
-  }
-};
-
-// ---- Where a unit of 16 bytes lies in shared memory, in elements
-
-template <int UNITS>
-__device__ inline int pixel_at(int pixel, int unit) {
-  return (pixel * UNITS + (unit ^ (pixel & 7))) * 8;
-}
-
-template <int UNITS>
-__device__ inline int weight_at(int row, int unit) {
-  // Rows of four units, 64 bytes: two of them fill the banks, and their parity tells them apart.
-  const int key = UNITS == 4 ? row >> 3 & 3 : (row >> 3 & 3) * 2 + (row & 1);
-  return (row * UNITS + (unit ^ key)) * 8;
-}
-
-// ---- Products of a warp
-
-using Sums = float[4][4];  // 16 pixels by 32 channels: of four n8 tiles, a thread's four elements
-
-/// The operands of 32 channels, rows `row` and on of a slab, and 16 steps of depth.
-template <int UNITS, class T>
-__device__ inline void load_weights(uint32_t (&b)[4][2], const T* slab, int row, int k16) {
-  const int lane = threadIdx.x % 32, i = lane % 8;
-#pragma unroll
-  for (int two = 0; two < 2; ++two) {
-    // The matrices: tile 2 * two, its first and second eight of depth; then tile 2 * two + 1.
-    const int channel = row + i / 2 * 8 + (2 * two + lane / 16) * 2 + i % 2;
-    uint32_t r[4];
-    ldmatrix_x4(r, slab + weight_at<UNITS>(channel, 2 * k16 + lane / 8 % 2));
-    b[2 * two][0] = r[0], b[2 * two][1] = r[1];
-    b[2 * two + 1][0] = r[2], b[2 * two + 1][1] = r[3];
-  }
-}
-
-template <class T>
-__device__ inline void multiply(Sums& sums, const uint32_t (&a)[4], const uint32_t (&b)[4][2]) {
-#pragma unroll
-  for (int t = 0; t < 4; ++t) mma_m16n8k16<T>(sums[t], a, b[t]);
-}
-
-/// Two values as stored, the first in the low half.
-template <class T>
-__device__ inline uint32_t rounded(float low, float high) {
-  uint32_t bits;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    memcpy(&bits, &pair, sizeof bits);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    memcpy(&bits, &pair, sizeof bits);
-  }
-  return bits;
-}
-
-/// Eight neighbouring channels of a pixel, as stored. f(i) is the value of channel i.
-template <class T, class F>
-__device__ inline uint4 rounded_unit(F f) {
-  return {rounded<T>(f(0), f(1)), rounded<T>(f(2), f(3)), rounded<T>(f(4), f(5)),
-          rounded<T>(f(6), f(7))};
-}
-
-/// Channel i of the eight of a thread's, in its first (row 0) or second (1) row of eight pixels.
-__device__ inline float element(const Sums& sums, int i, int row) {
-  return sums[i / 2][2 * row + i % 2];
-}
-
-// ---- The kernel's parts
 
 template <class V>
 struct Cta {
@@ -539,9 +375,8 @@ struct Cta {
 // Shapes    x (N, H, W, C), z (N, H, W, K); w1 (WIDTH, C), w2 (WIDTH, 3, 3, WIDTH), w3 (K, WIDTH),
 //           rw (K, 64); scales and shifts (WIDTH,) and (K,) fp32; C and K multiples of 64
 // Tiles     8 x 16 pixels of z, all K; as many CTAs as multiprocessors, tile blockIdx.x + i * grid
-// Traffic   reads x once (its patch is 1.4 tiles, the rest and the shortcut hit L2), writes z: N *
-// H
-//           * W * (C + K) * itemsize; weights from L2 once (RESIDENT), or once a tile
+// Traffic   reads x once (its patch is 1.4 tiles, the rest and the shortcut hit L2), writes z:
+//           N * H * W * (C + K) * itemsize; weights from L2 once (RESIDENT), or once a tile
 // Numerics  fp32 sums, affines and shortcut; a1, a2 and z are rounded once each
 // Source    ops.bottleneck; docs/bottleneck.md
 template <class T, int WIDTH, bool PROJECTION, bool RESIDENT>

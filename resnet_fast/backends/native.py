@@ -826,3 +826,46 @@ def bottleneck(
         dtype=_DTYPES[x.dtype],
     )
     return z
+
+
+def whole_stem_why_not(
+    device: torch.device, dtype: torch.dtype, x_size: Sequence[int], w_size: Sequence[int]
+) -> str | None:
+    """None where one kernel can run the whole stem, else the reason."""
+    module: Any = _C.cpu if device.type == "cpu" else getattr(_C, "cuda", None)
+    if not hasattr(module, "whole_stem"):
+        return f"no whole-stem kernel for {device.type} (supported: cuda)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {str(dtype).removeprefix('torch.')} (supported: bfloat16, float16)"
+    if [*w_size] != [64, 3, 7, 7] or x_size[1] != 3:
+        return f"a filter {tuple(w_size)} on {x_size[1]} channels (supported: (64, 3, 7, 7) on 3)"
+    limit = _shared_limit_of_gpu(device) if device.type == "cuda" else module.shared_limit()
+    if module.whole_stem_shared() > limit:
+        return f"the stem needs {module.whole_stem_shared()} bytes of shared memory, {device} has {limit}"
+    n, _, h, w = x_size
+    if n * -(-h // 32) * -(-w // 32) >= 2**31:
+        return f"x {tuple(x_size)} (supported: below 2^31 tiles of 32 x 32 pixels)"
+    return None
+
+
+def whole_stem(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    x = _matrix("x", x)
+    if w.dim() != 4 or whole_stem_why_not(x.device, x.dtype, list(x.shape), list(w.shape)) is not None:
+        y = F.conv2d(x, w, None, [2, 2], [w.shape[2] // 2] * 2)
+        return affine_act_maxpool(y, scale, shift)[0]
+    n, _, h, width = x.shape
+    size = (n, w.shape[0], -(-h // 4), -(-width // 4))
+    z = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
+    _launch(
+        "whole_stem",
+        x.device,
+        x=x,
+        weight=_weight_like("w", w, x),
+        **_dense(z, scale=scale, shift=shift),
+        z=z,
+        n=n,
+        h=h,
+        w=width,
+        dtype=_DTYPES[x.dtype],
+    )
+    return z

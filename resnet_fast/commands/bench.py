@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s, a GPU where there is one)")
     add(
         "--against",
-        default=",".join(timing.AGAINST),
-        help="comma list of eager (torch, NCHW), channels_last, compile (default: all; the baseline is channels_last)",
+        help="comma list of eager (torch, NCHW), channels_last, compile, and in inference on a GPU reduce_overhead, "
+        "max_autotune: torch.compile with CUDA graphs (default: all but max_autotune; the baseline is channels_last)",
     )
     add("--images", metavar="DIR", help="a folder of jpg and png files (default: scikit-learn's photographs)")
     add("--size", type=int, help="height and width of the images (default: 224; 32 for cifar networks)")
@@ -75,8 +75,16 @@ class _Options:
         self.batches = arguments.batches(args.batch if args.batch is not None else default)
         dtypes = args.dtype if args.dtype is not None else arguments.default_dtypes(self.device)
         self.dtypes = [arguments.DTYPES[word] for word in arguments.words("--dtype", dtypes, arguments.DTYPES)]
-        named = arguments.words("--against", args.against, timing.AGAINST)
+        graphs = self.device.type == "cuda" and self.mode == "inference"
+        usual = [n for n in timing.AGAINST if n not in timing.GRAPHED or (graphs and n != "max_autotune")]
+        named = arguments.words("--against", args.against or ",".join(usual), timing.AGAINST)
+        if not graphs and (wrong := [name for name in named if name in timing.GRAPHED]):
+            raise CommandError(
+                f"--against {', '.join(wrong)}: supported is inference on a GPU, for these replay CUDA graphs. "
+                f"Remedy: --against {','.join(usual)}"
+            )
         self.against = [name for name in timing.AGAINST if name in named]
+        self.compiles = any(name == "compile" or name in timing.GRAPHED for name in self.against)
         self.baseline = "channels_last" if "channels_last" in named else self.against[0]
         for option in ("size", "threads", "rounds", "seconds"):
             value = getattr(args, option)
@@ -151,8 +159,10 @@ def _notes(options: _Options) -> str:
     where = "the CUDA allocator's" if options.device.type == "cuda" else "torch's CPU allocations, by its profiler"
     freezing = ", freezing on" if options.mode == "inference" and options.device.type == "cpu" else ""
     compile_ = f"; compile: torch.compile{freezing}, channels_last; its first call compiles" if (
-        "compile" in options.against
+        options.compiles
     ) else ""  # fmt: skip
+    if options.device.type == "cuda" and options.mode == "inference":
+        compile_ += "; captured: resnet_fast.capture; reduce_overhead, max_autotune: modes of torch.compile with graphs"
     saved = "; saved: kept for the backward, parameters not counted" if options.mode == "training" else ""
     ratio = "x: median over rounds of the ratio within a round"
     return f"{step}; {ratio}; peak: {where}, above the weights{saved}{compile_}"
@@ -192,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
         "speed": [],
     }
     if passed:
-        with timing.empty_cache("compile" in options.against):
+        with timing.empty_cache(options.compiles):
             result["speed"] = _speed(source, x, options, progress)
         print(f"\n{_notes(options)}")
     if options.json is not None:

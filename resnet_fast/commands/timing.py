@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +23,14 @@ import resnet_fast
 from resnet_fast import buffers
 
 from .progress import Progress
-from .steps import LOSS_SCALE, autocast, in_layout, loss
+from .steps import LOSS_SCALE, autocast, in_layout, loss, tensors
 
 __all__ = [
     "AGAINST",
+    "CAPTURED",
     "GRAPH",
+    "GRAPHED",
+    "TUNED",
     "Contender",
     "Result",
     "Setting",
@@ -41,7 +45,13 @@ __all__ = [
 ]
 
 #: What ours can be timed against, in the order of the table.
-AGAINST = ("eager", "channels_last", "compile")
+AGAINST = ("eager", "channels_last", "compile", "reduce_overhead", "max_autotune")
+#: Those of it that replay CUDA graphs of their own making.
+GRAPHED = ("reduce_overhead", "max_autotune")
+#: Ours by ``resnet_fast.capture``, the copy of the input into its buffer included.
+CAPTURED = "captured"
+#: Ours after ``resnet_fast.warmup`` of the same network and size.
+TUNED = "tuned"
 #: What follows a contender's name where its call is a CUDA graph.
 GRAPH = "+graph"
 
@@ -139,11 +149,12 @@ def attempt(name: str, make: Callable[[], Contender]) -> Contender:
 def contenders(model: nn.Module, x: Tensor, setting: Setting, against: Sequence[str]) -> list[Contender]:
     """Ours and every name of ``against``, each on a copy of ``model``; ``x`` (batch, 3, size, size) float32.
 
-    "eager" is torch in its default layout (NCHW), "channels_last" torch in that layout, "compile" torch.compile of the
-    latter, with freezing in CPU inference. In inference weights and images are in the dtype; training in a low dtype
-    is autocast over float32 parameters.
+    Ours also by ``capture``, in inference on a GPU. "eager" is torch in its default layout (NCHW), "channels_last"
+    torch in that layout, "compile" torch.compile of the latter, with freezing in CPU inference. In inference weights
+    and images are in the dtype; training in a low dtype is autocast over float32 parameters.
     """
-    return [contender(name, model, x, setting) for name in (*against, "resnet_fast")]
+    captured = (CAPTURED,) if setting.mode == "inference" and setting.device.type == "cuda" else ()
+    return [contender(name, model, x, setting) for name in (*against, "resnet_fast", *captured)]
 
 
 def contender(
@@ -151,9 +162,11 @@ def contender(
 ) -> Contender:
     """One of ``contenders`` by its name, on a copy of ``model``; "resnet_fast" is what ``fuse`` makes of it.
 
-    "compile_max" besides: torch.compile(mode="max-autotune-no-cudagraphs"). "resnet_fast_triton": on Triton's kernels
-    alone, which come behind the library's convolutions where no table of measurements says otherwise. Behind any name
-    "+graph": the whole call replayed as a CUDA graph, recorded at the first call.
+    torch.compile besides: "reduce_overhead" and "max_autotune", its modes of these names, which replay CUDA graphs;
+    "compile_max", the latter without graphs, and "compile_frozen", that with inductor's freezing. "captured" is what
+    ``resnet_fast.capture`` makes of ours, "tuned" is ours by a table that ``resnet_fast.warmup`` fills at the first
+    call (``dispatch.forget()`` afterwards, or others use it too). Behind any name "+graph": the whole call replayed as
+    a CUDA graph, recorded at the first call. Behind "resnet_fast:" may stand the one backend to fuse for.
     """
     kind = name.removesuffix(GRAPH)
     training = setting.mode == "training"
@@ -164,8 +177,13 @@ def contender(
     forward: Callable[[Tensor], Any] = own
     if kind in _COMPILE:
         forward = torch.compile(own, dynamic=False, **_COMPILE[kind])
-    elif kind == "resnet_fast":
+        forward = _Frozen(forward) if kind == "compile_frozen" else forward
+    elif kind.startswith("resnet_fast:"):
+        forward = resnet_fast.fuse(own, backend=kind.partition(":")[2])
+    elif kind in ("resnet_fast", CAPTURED, TUNED):
         forward = fuse(own)
+        if kind != "resnet_fast":
+            forward = _Captured(own) if kind == CAPTURED else _Tuned(own)
     elif kind == "resnet_fast_triton":
         forward = resnet_fast.fuse(own, backend="triton")
     call = _step(own, forward, inputs, setting) if training else _bind(forward, inputs)
@@ -173,7 +191,47 @@ def contender(
 
 
 #: Names of torch.compile's contenders, and its options.
-_COMPILE: dict[str, dict[str, Any]] = {"compile": {}, "compile_max": {"mode": "max-autotune-no-cudagraphs"}}
+_COMPILE: dict[str, dict[str, Any]] = {
+    "compile": {},
+    "compile_max": {"mode": "max-autotune-no-cudagraphs"},
+    "compile_frozen": {"mode": "max-autotune-no-cudagraphs"},
+    "reduce_overhead": {"mode": "reduce-overhead"},
+    "max_autotune": {"mode": "max-autotune"},
+}
+
+
+class _Frozen:
+    """A compiled model whose first call, which compiles, has inductor's freezing on."""
+
+    def __init__(self, forward: Callable[[Tensor], Any]) -> None:
+        self._forward, self._compiled = forward, False
+
+    def __call__(self, x: Tensor) -> Any:
+        if self._compiled:
+            return self._forward(x)
+        inductor = importlib.import_module("torch._inductor.config")
+        with inductor.patch(freezing=True):
+            output = self._forward(x)
+        self._compiled = True
+        return output
+
+
+class _Captured:
+    """A fused model by ``resnet_fast.capture``, at the first call, and not if a replay's numbers are other ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._graph: Callable[[Tensor], Any] | None = None
+
+    def __call__(self, x: Tensor) -> Any:
+        if self._graph is None:
+            graph = resnet_fast.capture(self._model, x)
+            found, expected = (tensors(forward(x))[0] for forward in (graph, self._model))
+            apart = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+            if not apart <= 16 * torch.finfo(expected.dtype).eps:
+                raise RuntimeError(f"captured: its numbers are {apart:.1%} off the model's")
+            self._graph = graph
+        return self._graph(x)
 
 
 class _Graph:
@@ -198,6 +256,20 @@ class _Graph:
                 self._call()
             self._graph = graph
         self._graph.replay()
+
+
+class _Tuned:
+    """A fused model by a table of its own, which is measured at the first call and written nowhere that lasts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._warm = model, False
+
+    def __call__(self, x: Tensor) -> Any:
+        if not self._warm:
+            with tempfile.TemporaryDirectory() as folder:
+                resnet_fast.warmup(self._model, x.shape, dtype=x.dtype, cache=folder, progress=False)
+            self._warm = True
+        return self._model(x)
 
 
 def _bind(forward: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
@@ -341,9 +413,11 @@ def measure(
     once: dict[str, float] = {}
     device = setting.device
     torch._dynamo.reset()
-    with _running(setting, any(c.name.startswith("compile") for c in entries)):
+    with _running(setting, any(c.name.removesuffix(GRAPH) in _COMPILE for c in entries)):
         for c in entries:
-            with progress(f"{words}: {'compiling' if c.name == 'compile' else 'warming up'} ({c.name})"):
+            with progress(
+                f"{words}: {'compiling' if c.name.removesuffix(GRAPH) in _COMPILE else 'warming up'} ({c.name})"
+            ):
                 try:
                     begin = time.perf_counter()
                     c.call()

@@ -46,12 +46,14 @@ __all__ = [
 SCHEMA = 1
 COMMITTED = Path(__file__).parent
 
-#: What, besides shapes, an op's time depends on; "block" is a whole block, forward and backward.
+#: What, besides shapes, an op's time depends on; "block" is a whole block, forward and backward;
+#: "inference" its forward in eval mode, whose candidates are ways to run it (inference.WAYS) and not backends.
 FLAGS: dict[str, tuple[str, ...]] = {
     "conv_stats": ("lazy_x",),
     "conv_backward": ("needs_x", "needs_w", "lazy_x", "lazy_g", "masked", "residual"),
     "conv_backward_sums": ("needs_w", "lazy_g"),
     "block": ("identity", "residual", "projection", "pool", "needs_x"),
+    "inference": ("identity", "residual", "projection", "pool"),
 }
 
 
