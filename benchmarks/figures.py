@@ -21,7 +21,7 @@ _COLOURS = {
     "compile_frozen": "#0072b2", "reduce_overhead": "#56b4e9", "max_autotune": "#0072b2", "captured": "#d55e00",
     "tuned": "#d55e00", "resnet_fast:native": "#d55e00", "resnet_fast:triton": "#e69f00",
     "resnet_fast": "#d55e00", "native": "#d55e00", "triton": "#e69f00", "onednn": "#cc79a7", "cudnn": "#009e73",
-    "cudnn-frontend": "#0072b2", "resnet_fast_triton": "#e69f00",
+    "cudnn-frontend": "#0072b2",
 }  # fmt: skip
 _LABELS = {
     "eager": "eager, NCHW", "channels_last": "eager, channels_last", "compile": "torch.compile",
@@ -29,7 +29,7 @@ _LABELS = {
     "reduce_overhead": "torch.compile, reduce-overhead, CUDA graph",
     "max_autotune": "torch.compile, max-autotune, CUDA graph", "captured": "resnet_fast, capture()",
     "tuned": "resnet_fast, warmup()",
-    "resnet_fast_triton": "resnet_fast, Triton alone",
+    "resnet_fast:triton": "resnet_fast, Triton alone", "resnet_fast:native": "resnet_fast, our C++ alone",
 }  # fmt: skip
 _OPS = {
     "conv_stats": "convolution + statistics", "conv_backward": "both gradients of a convolution",

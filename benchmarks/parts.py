@@ -291,7 +291,7 @@ GROUPS = {
     "eager": (*_PLAIN, *_GRAPHS),
     "plain": _PLAIN,
     "compile": ("channels_last", "compile", f"compile{timing.GRAPH}", "resnet_fast"),
-    "triton": ("channels_last", "resnet_fast", "resnet_fast_triton", f"resnet_fast_triton{timing.GRAPH}"),
+    "triton": ("channels_last", "resnet_fast", "resnet_fast:triton", f"resnet_fast:triton{timing.GRAPH}"),
     "max-autotune": ("channels_last", "compile_max", f"compile_max{timing.GRAPH}", "resnet_fast"),
     "captured": ("eager", "channels_last", "resnet_fast", timing.CAPTURED),
     "ways": ("channels_last", "resnet_fast", *(f"resnet_fast:{name}" for name in ("native", "triton"))),

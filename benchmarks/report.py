@@ -131,7 +131,7 @@ def _suite_table(result: dict[str, Any]) -> list[str]:
     if not settings:
         return []
     compiled = ("compile", "compile_max", "compile_frozen", *GRAPHED)
-    ours = ("resnet_fast", "resnet_fast:native", "resnet_fast:triton", "resnet_fast_triton", TUNED, CAPTURED)
+    ours = ("resnet_fast", "resnet_fast:native", "resnet_fast:triton", TUNED, CAPTURED)
     order = [n + end for n in ("eager", "channels_last", *compiled, *ours) for end in ("", GRAPH)]
     names = [n for n in order if any(n in row for row in settings.values())]
     lines = [

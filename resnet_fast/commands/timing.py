@@ -184,8 +184,6 @@ def contender(
         forward = fuse(own)
         if kind != "resnet_fast":
             forward = _Captured(own) if kind == CAPTURED else _Tuned(own)
-    elif kind == "resnet_fast_triton":
-        forward = resnet_fast.fuse(own, backend="triton")
     call = _step(own, forward, inputs, setting) if training else _bind(forward, inputs)
     return Contender(name, _Graph(call) if name.endswith(GRAPH) else call)
 
