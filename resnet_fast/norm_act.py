@@ -25,7 +25,7 @@ from .plan import NormAct, Refusal, check_idle, check_plain, find, norm_of
 __all__ = ["refusal", "run", "run_unfused"]
 
 #: Multiply-adds of a convolution that a value stands for, where guards asks whether fusing pays in training on a CPU:
-#: it does from 385 thousand values a thread (docs/bn_act.md, entry 25).
+#: it does from 385 thousand values a thread (docs/bn_act.md, entry 35).
 _MACS = 130
 
 

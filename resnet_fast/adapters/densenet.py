@@ -15,7 +15,7 @@ from torch import Tensor
 from ..plan import Refusal, norm_of
 from .common import Adapter, BlockPlan, ConvBnPath, HostPlan, NormAct, Part, text_of
 
-#: Measured with densenet121 (docs/bn_act.md, entry 26).
+#: Measured with densenet121 (docs/bn_act.md, entry 36).
 _SLOW = "in inference on a CPU a narrow convolution behind a wide norm gains nothing from fusing"
 
 
