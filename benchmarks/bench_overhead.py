@@ -1,14 +1,17 @@
 """What guards and dispatch cost: Python's share of one forward of a bottleneck so small that arithmetic is nothing.
 
-``pytest --benchmark benchmarks/bench_overhead.py``. Python's share is the time of a forward less that of the same
-kernels called one after the other, with nothing else: for eager torch's conv2d, batch_norm, relu and add; for a fused
-block the backends' functions that its forward called, in training holding all outputs to the end, as autograd's graph
-does, for memory that comes back at once is faster. In training the share holds autograd's bookkeeping too. All in us a
-block: ``added`` is the fused share less eager's; ``guards`` is the part of it before the block's own function
-(functional.residual_block, or folding's) is called, beside eager's ten module calls. The goal is 15 added. ``alone`` is
-one block, ``stage`` four behind each other, which in inference look at themselves once. ``python_alone``, of one in
-training, is the fused forward with kernels that return at once: without what the caches lose between Python and
-kernels, which the difference above charges to Python. One thread; all in turns.
+``pytest --benchmark benchmarks/bench_overhead.py``; us a block, one thread, all in turns. Python is measured twice:
+
+* by itself (``fused_alone``, ``eager_alone``): a forward whose kernels return at once. ``added_alone`` is the first
+  less the second; the goal is below 15. Eager's holds the sum, ours autograd's function.
+* as what kernels leave of a forward (``fused_python``, ``eager_python``): its time less that of the same kernels called
+  one after the other, with nothing else: for eager torch's conv2d, batch_norm, relu and add; for a fused block the
+  backends' functions that its forward called, in training holding all outputs to the end, as autograd's graph does,
+  for memory that comes back at once is faster. This ``added`` also has what the caches lose between Python and kernels,
+  and in training autograd's bookkeeping.
+
+``guards`` is the part of a fused forward before the block's own function (functional.residual_block, or folding's) is
+called. ``alone`` is one block, ``stage`` four behind each other, which in inference look at themselves once.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fast
@@ -80,53 +85,75 @@ def replaced(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterat
         dispatch._choose.cache_clear()
 
 
-@contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Every call of a backend's function inside, as it was made by the package."""
-    calls: list[Call] = []
-    inside = False
+class Kernels:
+    """Backends' functions, watched: every call as the package made it, and, once ``silence`` was called, no work."""
 
-    def record(function: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._inside, self._turn = False, 0
+        self._answers: list[Any] | None = None
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, watched."""
+
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            if inside:  # one function of a backend calls another
+            if self._answers is not None:
+                self._turn = (self._turn + 1) % len(self._answers)
+                return self._answers[self._turn - 1]
+            if self._inside:  # one function of a backend calls another
                 return function(*args, **kwargs)
-            calls.append((function, args, kwargs))
-            inside = True
+            self.calls.append((function, args, kwargs))
+            self._inside = True
             try:
                 return function(*args, **kwargs)
             finally:
-                inside = False
+                self._inside = False
 
         return wrapper
 
-    with replaced(record):
-        yield calls
+    @torch.no_grad()
+    def silence(self) -> None:
+        """From here on every call returns at once what it returned before, in the order of ``calls``."""
+        self._answers = [function(*args, **kwargs) for function, args, kwargs in list(self.calls)]
 
 
-def python_alone(block: nn.Module, x: Tensor) -> float:
-    """us of a training forward in which every kernel returns at once what it returned before."""
-    with recorded() as calls:
+@contextmanager
+def recorded(block: nn.Module, x: Tensor) -> Iterator[tuple[nn.Module, Kernels]]:
+    """A copy of ``block`` on watched kernels, and they; ``calls`` are those of one forward."""
+    kernels = Kernels()
+    with replaced(kernels.wrap):
         twin = copy.deepcopy(block)
-        for _ in range(3):
+        for _ in range(3):  # folds, lays out weights, makes a stage's program
             twin(x)
-        calls.clear()
+        kernels.calls.clear()
         twin(x)
-        made = list(calls)
-    with torch.no_grad():
-        answers = [function(*args, **kwargs) for function, args, kwargs in made]
-    turn = 0
+        assert kernels.calls, "no kernel ran: the block is not fused here"
+        yield twin, kernels
 
-    def answer(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal turn
-            turn = (turn + 1) % len(answers)
-            return answers[turn - 1]
 
-        return wrapper
-
-    with replaced(answer):
+def without_kernels(block: nn.Module, x: Tensor) -> float:
+    """us of a fused forward in which every kernel returns at once."""
+    with recorded(block, x) as (twin, kernels):
+        kernels.silence()
+        once(lambda: twin(x))
         return statistics.median(once(lambda: twin(x)) for _ in range(ROUNDS))
+
+
+def without_kernels_eager(block: nn.Module, x: Tensor) -> float:
+    """The same of torch's own modules: what they call of torch returns at once, but for the sum."""
+
+    def same(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
+
+    with (
+        mock.patch.object(F, "conv2d", same),
+        mock.patch.object(torch, "batch_norm", same),
+        mock.patch.object(torch, "relu_", same),
+        torch.no_grad(),
+    ):
+        x = torch.zeros_like(x)  # the sum writes over it
+        once(lambda: block(x))
+        return statistics.median(once(lambda: block(x)) for _ in range(ROUNDS))
 
 
 def in_turn(calls: list[Callable[[Tensor, list[Any]], Tensor]], x: Tensor) -> Callable[[], Tensor]:
@@ -142,12 +169,8 @@ def in_turn(calls: list[Callable[[Tensor, list[Any]], Tensor]], x: Tensor) -> Ca
 
 def kernels_of_fused(block: nn.Module, x: Tensor) -> Callable[[], None]:
     """The backends' functions that a forward of ``block`` calls, with the same arguments; in training all is held."""
-    twin = copy.deepcopy(block)
-    with recorded() as calls:
-        for _ in range(3):  # folds, lays out weights, makes a stage's program
-            twin(x)
-        calls.clear()
-        twin(x)
+    with recorded(block, x) as (_, kernels):
+        calls = kernels.calls
 
     @torch.no_grad()
     def run() -> None:
@@ -157,7 +180,6 @@ def kernels_of_fused(block: nn.Module, x: Tensor) -> Callable[[], None]:
             if block.training:
                 held.append(z)
 
-    assert calls, "no kernel ran: the block is not fused here"
     return run
 
 
@@ -215,9 +237,16 @@ def bench_overhead(benchmark: Any, train: bool, blocks: int) -> None:
         fused_python=median(r[2] - r[3] for r in rounds),
         added=median((r[2] - r[3]) - (r[0] - r[1]) for r in rounds),
     )
-    if train and blocks == 1:
-        with guards.any_size():
-            benchmark.extra_info["python_alone"] = round(python_alone(fused, x), 1)
+    torch.set_num_threads(1)
+    try:
+        with guards.any_size(), torch.set_grad_enabled(train):
+            pairs = [(without_kernels(fused, x), without_kernels_eager(eager, x)) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    alone, modules = (statistics.median(pair) / blocks for pair in zip(*pairs, strict=True))
+    benchmark.extra_info.update(
+        fused_alone=round(alone, 1), eager_alone=round(modules, 1), added_alone=round(alone - modules, 1)
+    )
     if blocks == 1:
         benchmark.extra_info["guards"] = median(r[2] - r[4] for r in rounds)
     print(f"\n{benchmark.group}, us a block: {benchmark.extra_info}")
