@@ -211,8 +211,10 @@ class Memory:
 #: Called past the lookup of attributes: there are hundreds of tensors.
 _DESCRIPTORS = Tensor.data_ptr, Tensor._version
 
-#: Whether dictionaries hold what they held: what watch.py asks at every forward.
-unchanged = _C.cpu.unchanged
+
+def unchanged(*lists: Any) -> bool:
+    """Whether dictionaries hold what they held: what watch.py asks at every forward, and of what it says there."""
+    return _C.cpu.unchanged(*lists)
 
 
 # ---- row bn_act -------------------------------------------------------------------------------------------------
