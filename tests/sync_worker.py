@@ -15,6 +15,8 @@ from resnet_fast.models.blocks import BasicBlock, Bottleneck
 
 #: Images of each rank, of the one batch that both make.
 SHARES = {"even": (3, 3), "uneven": (4, 2), "empty": (6, 0), "one_value": (1, 1)}
+#: On Triton's kernels, interpreted: with joined statistics, and under DistributedDataParallel without.
+TRITON = ("triton", "ddp_triton")
 
 
 def network(momentum: float | None = 0.1, affine: bool = True, tracked: bool = True) -> nn.Sequential:
@@ -37,13 +39,13 @@ def network(momentum: float | None = 0.1, affine: bool = True, tracked: bool = T
 
 def network_of(case: str) -> nn.Sequential:
     """Of Triton's, which is interpreted, one bottleneck, the one with a projection."""
-    return network()[1:2] if case == "triton" else network(**options(case))
+    return network()[1:2] if case in TRITON else network(**options(case))
 
 
 def batch(case: str) -> Tensor:
     """The whole batch, with a mean of its own in every image: ranks that kept to themselves would be far off."""
-    size = {"one_value": 1, "triton": 5}.get(case, 19)
-    total, channels = sum(SHARES.get(case, (3, 3))), 8 if case == "triton" else 3
+    size = 5 if case in TRITON else {"one_value": 1}.get(case, 19)
+    total, channels = sum(SHARES.get(case, (3, 3))), 8 if case in TRITON else 3
     generator = torch.Generator().manual_seed(1)
     return torch.randn(total, channels, size, size, generator=generator) + torch.arange(total).view(-1, 1, 1, 1)
 
@@ -79,7 +81,9 @@ def main(rank: int, world: int, file: str, case: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     model: nn.Module = network_of(case)
     alone = [dist.new_group([r]) for r in range(world)][rank] if case == "alone" else None
-    if case == "converted_later":
+    if case == "ddp_triton":
+        model = nn.parallel.DistributedDataParallel(resnet_fast.fuse(model, backend="triton"))
+    elif case == "converted_later":
         resnet_fast.fuse(model)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     else:
@@ -91,7 +95,7 @@ def main(rank: int, world: int, file: str, case: str) -> None:
     if case == "eval" and rank == 1:
         answer: dict[str, Any] = {}  # nobody waits for this rank
     else:
-        answer = results(model, x)
+        answer = {name.replace("module.", ""): value for name, value in results(model, x).items()}
     torch.save(answer, f"{file}.{rank}")
     dist.barrier()
     dist.destroy_process_group()

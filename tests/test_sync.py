@@ -84,6 +84,22 @@ def test_equals_the_joined_batch(case: str, tmp_path: Path) -> None:
         assert ranks[1]["z"].shape[0] == 0 and ranks[1]["x"].shape[0] == 0
 
 
+@needs_triton
+@pytest.mark.slow
+def test_ddp_on_triton(tmp_path: Path) -> None:
+    """Each rank normalises its own images; gradients are the ranks' mean, running statistics the first rank's."""
+    ranks = two_ranks("ddp_triton", tmp_path)
+    alone = [results(network_of("ddp_triton").double(), own("ddp_triton", r).double()) for r in (0, 1)]
+    for name, value in alone[0].items():
+        if name.startswith("grad"):
+            assert torch.equal(ranks[0][name], ranks[1][name]), name
+            close(ranks[0][name], (value + alone[1][name]) / 2, name)
+        else:
+            close(ranks[0][name], value, name)
+            if name in ("z", "x"):
+                close(ranks[1][name], alone[1][name], name)
+
+
 def test_one_value_on_each_rank_is_enough(tmp_path: Path) -> None:
     """As in nn.SyncBatchNorm: two ranks make two values, where a rank by itself would be refused."""
     ranks, expected = two_ranks("one_value", tmp_path), joined("one_value")
