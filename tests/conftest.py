@@ -20,6 +20,7 @@ os.environ["RESNET_FAST_CACHE"] = os.path.join(tempfile.gettempdir(), "resnet_fa
 os.environ["RESNET_FAST_MIN_MACS"] = "0"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --dist loadgroup one process compiles what the tests of a file share, not each of them."""
     if config.pluginmanager.has_plugin("xdist"):
