@@ -152,6 +152,10 @@ def _autocast(
     return x.to(dtype), None if residual is None else residual.to(dtype), cast
 
 
+#: What wrong arguments end in, deep inside.
+_MISTAKES = AttributeError, IndexError, RuntimeError, TypeError, ValueError
+
+
 def residual_block(
     x: Tensor,
     layers: Sequence[ConvBn],
@@ -181,7 +185,7 @@ def residual_block(
         return _residual_block(x, layers, projection, residual, identity, pool)
     try:
         return _residual_block(x, layers, projection, residual, identity, pool)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+    except _MISTAKES as error:
         fault = _find_fault(x, layers, projection, residual) if isinstance(x, Tensor) and x.dim() == 4 else None
         if fault is None:
             raise
@@ -262,15 +266,21 @@ def prepare(layers: Sequence[ConvBn], projection: ConvBn | None, identity: bool,
 def run_prepared(x: Tensor, prepared: Prepared) -> Tensor | None:
     """``residual_block`` without a residual, outside of autocast, where autograd records; None where it is to be asked.
 
-    x and the weights have been checked: 4-d, one dtype below float64, one device.
+    x (N, C, H, W) and the weights have been checked: 4-d, one dtype below float64, one device. Errors as there.
     """
     for v in prepared.vectors:
         if v.dtype is not torch.float32:
             return None
+    static = prepared.static
     try:
-        return Block.apply(prepared.static, to_channels_last(x), None, *prepared.tensors)[0]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return None  # it says what is wrong with the arguments
+        return Block.apply(static, to_channels_last(x), None, *prepared.tensors)[0]
+    except _MISTAKES as error:
+        every = static.running
+        assert every is not None
+        fault = _find_fault(x, list(every[: static.end + 1]), every[-1] if static.projection else None, None)
+        if fault is None:
+            raise
+        raise fault from error
 
 
 def conv_bn_act(x: Tensor, layer: ConvBn) -> Tensor:

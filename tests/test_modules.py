@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast import BasicBlock, Bottleneck, ConvBnAct2d, Stem
+from resnet_fast import BasicBlock, Bottleneck, ConvBnAct2d, Stem, autograd
 from resnet_fast.guards import why_not_now
 from tests import libraries
 from tests.tolerance import DTYPES, assert_close, name_of
@@ -397,3 +397,22 @@ def test_what_is_not_plain_runs_unfused(change: str) -> None:
         module.bn1.forward = lambda y: y * 2
     assert not fused(module)
     near(module(x), plain(module, x))
+
+
+def test_an_error_inside_is_raised_and_nothing_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no mistake in the arguments comes out as it was: no second, slower forward hides it."""
+    block = BasicBlock(8, 8).train()
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    block(x)
+    before = {name: b.clone() for name, b in block.named_buffers()}
+    calls = []
+
+    def fails(*_: Any, **__: Any) -> Any:
+        calls.append(1)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(autograd, "forward_block", fails)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        block(x)
+    assert len(calls) == 1
+    assert all(torch.equal(b, before[name]) for name, b in block.named_buffers())
