@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.rounds import run_rounds
 from resnet_fast import models
+from resnet_fast.commands.engines import ENGINES
 from resnet_fast.commands.timing import AGAINST, Setting, contenders
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -31,6 +32,10 @@ SETTINGS = {
 def bench_resnet50(benchmark: Any, device: str, mode: str, dtype: torch.dtype, contender: str) -> None:
     if (device, mode, contender) == ("cpu", "training", "compile"):
         pytest.skip("compiling the backward takes minutes on a CPU; resnet-fast bench --mode training has it")
+    if contender in ENGINES:
+        if (device, mode) != ("cpu", "inference"):
+            pytest.skip(f"{contender}: supported is inference on a CPU")
+        pytest.importorskip(contender)
     torch._dynamo.reset()
     setting = Setting(mode, SETTINGS[mode, dtype][device], 224, dtype, torch.device(device))
     torch.manual_seed(0)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from resnet_fast.commands import plots
+from resnet_fast.commands.engines import TITLES
 from resnet_fast.commands.timing import GRAPH
 
 Record = dict[str, Any]
 
 _COLOURS = {
+    "openvino": "#009e73", "onnxruntime": "#cc79a7",
     "eager": "#bbbbbb", "channels_last": "#777777", "compile": "#56b4e9", "compile_max": "#0072b2",
     "compile_frozen": "#0072b2", "reduce_overhead": "#56b4e9", "max_autotune": "#0072b2", "captured": "#d55e00",
     "tuned": "#d55e00", "resnet_fast:native": "#d55e00", "resnet_fast:triton": "#e69f00",
@@ -24,6 +26,7 @@ _COLOURS = {
     "cudnn-frontend": "#0072b2",
 }  # fmt: skip
 _LABELS = {
+    **TITLES,
     "eager": "eager, NCHW", "channels_last": "eager, channels_last", "compile": "torch.compile",
     "compile_max": "torch.compile, max-autotune", "compile_frozen": "torch.compile, max-autotune, freezing",
     "reduce_overhead": "torch.compile, reduce-overhead, CUDA graph",

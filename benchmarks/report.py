@@ -17,11 +17,12 @@ from typing import Any
 
 from benchmarks import figures, suite
 from resnet_fast.commands import CommandError, curves, judging, plots
+from resnet_fast.commands.engines import TITLES
 from resnet_fast.commands.timing import CAPTURED, GRAPH, GRAPHED, TUNED
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
-_COLUMNS = {"eager": "eager NCHW", "channels_last": "eager channels_last", "compile": "torch.compile"}
+_COLUMNS = {"eager": "eager NCHW", "channels_last": "eager channels_last", "compile": "torch.compile"} | TITLES
 _COLUMNS["resnet_fast"] = "resnet_fast"
 
 
@@ -110,11 +111,12 @@ def _bench_table(result: dict[str, Any]) -> list[str]:
         cells = " | ".join(_cell(by_name.get(n)) for n in names)
         lines.append(f"| {s['mode']} | {s['dtype']} | {s['batch']} | {cells} |")
     triton = f", triton {versions['triton']}" if machine(result) in [g["name"] for g in result["gpus"]] else ""
+    engines = "".join(f", {title} {versions[name]}" for name, title in TITLES.items() if versions.get(name))
     return [
         *lines,
         "",
-        f"torch {versions['torch']}{triton}, resnet_fast {versions['resnet_fast']}, commit {result['commit']}, "
-        f"{result['date'][:10]}; `{result['command']}`; benchmarks/results/{result['file']}",
+        f"torch {versions['torch']}{triton}{engines}, resnet_fast {versions['resnet_fast']}, "
+        f"commit {result['commit']}, {result['date'][:10]}; `{result['command']}`; benchmarks/results/{result['file']}",
         "",
     ]
 
@@ -132,7 +134,7 @@ def _suite_table(result: dict[str, Any]) -> list[str]:
         return []
     compiled = ("compile", "compile_max", "compile_frozen", *GRAPHED)
     ours = ("resnet_fast", "resnet_fast:native", "resnet_fast:triton", TUNED, CAPTURED)
-    order = [n + end for n in ("eager", "channels_last", *compiled, *ours) for end in ("", GRAPH)]
+    order = [n + end for n in ("eager", "channels_last", *compiled, *TITLES, *ours) for end in ("", GRAPH)]
     names = [n for n in order if any(n in row for row in settings.values())]
     lines = [
         f"Images per second (ratio to eager channels_last, of the same rounds), {machine(result)}:",

@@ -162,6 +162,11 @@ def test_wrong_kernels_are_found(
         (["--batch", "two"], ["--batch two"]),
         (["--against", "compiled"], ["Did you mean 'compile'?"]),
         (["--against", "max_autotune"], ["supported is inference on a GPU", "Remedy: --against eager,channels_last"]),
+        (
+            ["--mode", "training", "--against", "openvino"],
+            ["supported is inference on a CPU", "Remedy: --against eager"],
+        ),
+        (["--against", "openvin"], ["Did you mean 'openvino'?"]),
         (["--mode", "train"], ["Did you mean 'training'?"]),
         (["--images", "no-such-folder"], ["no such folder"]),
         (["--json", "no-such-folder/x.json"], ["--json", "no such folder"]),

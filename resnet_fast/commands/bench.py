@@ -15,6 +15,7 @@ import resnet_fast
 from resnet_fast.fuse import Explanation
 
 from . import CommandError, arguments, equality, machine, plots, sources, tables, timing
+from .engines import ENGINES
 from .judging import Check
 from .progress import Progress
 from .steps import in_layout
@@ -31,6 +32,7 @@ examples:
   resnet-fast bench
   resnet-fast bench --model torchvision:resnet18 --batch 1,8,32 --dtype float32 --against channels_last
   resnet-fast bench --model transformers:resnet-50 --mode training --batch 16
+  resnet-fast bench --against channels_last,compile,openvino,onnxruntime
   resnet-fast bench --model mypkg.nets:make --images photos/ --json result.json --plot result.png
 
 networks:  a name of resnet_fast.models; torchvision:NAME; timm:NAME; transformers:resnet-18 ... resnet-152, or
@@ -51,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--against",
         help="comma list of eager (torch, NCHW), channels_last, compile, and in inference on a GPU reduce_overhead, "
-        "max_autotune: torch.compile with CUDA graphs (default: all but max_autotune; the baseline is channels_last)",
+        "max_autotune: torch.compile with CUDA graphs; in inference on a CPU openvino, onnxruntime (default: the first "
+        "three, on a GPU reduce_overhead too; the baseline is channels_last)",
     )
     add("--images", metavar="DIR", help="a folder of jpg and png files (default: scikit-learn's photographs)")
     add("--size", type=int, help="height and width of the images (default: 224; 32 for cifar networks)")
@@ -76,12 +79,18 @@ class _Options:
         dtypes = args.dtype if args.dtype is not None else arguments.default_dtypes(self.device)
         self.dtypes = [arguments.DTYPES[word] for word in arguments.words("--dtype", dtypes, arguments.DTYPES)]
         graphs = self.device.type == "cuda" and self.mode == "inference"
-        usual = [n for n in timing.AGAINST if n not in timing.GRAPHED or (graphs and n != "max_autotune")]
+        engines = self.device.type == "cpu" and self.mode == "inference"
+        plain = [n for n in timing.AGAINST if n not in ENGINES]
+        usual = [n for n in plain if n not in timing.GRAPHED or (graphs and n != "max_autotune")]
         named = arguments.words("--against", args.against or ",".join(usual), timing.AGAINST)
         if not graphs and (wrong := [name for name in named if name in timing.GRAPHED]):
             raise CommandError(
                 f"--against {', '.join(wrong)}: supported is inference on a GPU, for these replay CUDA graphs. "
                 f"Remedy: --against {','.join(usual)}"
+            )
+        if not engines and (wrong := [name for name in named if name in ENGINES]):
+            raise CommandError(
+                f"--against {', '.join(wrong)}: supported is inference on a CPU. Remedy: --against {','.join(usual)}"
             )
         self.against = [name for name in timing.AGAINST if name in named]
         self.compiles = any(name == "compile" or name in timing.GRAPHED for name in self.against)
@@ -163,6 +172,8 @@ def _notes(options: _Options) -> str:
     ) else ""  # fmt: skip
     if options.device.type == "cuda" and options.mode == "inference":
         compile_ += "; captured: resnet_fast.capture; reduce_overhead, max_autotune: modes of torch.compile with graphs"
+    if any(name in ENGINES for name in options.against):
+        compile_ += "; openvino, onnxruntime: in NCHW, their peaks are not known"
     saved = "; saved: kept for the backward, parameters not counted" if options.mode == "training" else ""
     ratio = "x: median over rounds of the ratio within a round"
     return f"{step}; {ratio}; peak: {where}, above the weights{saved}{compile_}"
@@ -179,6 +190,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, args.images, count, options.size, options.device, options.seed, progress
     )
     record = machine.provenance(args.argv)
+    record["versions"] |= {name: machine.version_of(name) for name in options.against if name in ENGINES}
     count = sum(p.numel() for p in source.model.parameters())
     weights = "its own weights" if source.own_weights else "random weights, calibrated"
     print(tables.header(record))

@@ -19,7 +19,7 @@ import torch
 
 import resnet_fast
 
-__all__ = ["build", "commit", "cpu", "gpus", "isa", "openmp_runtimes", "provenance", "versions"]
+__all__ = ["build", "commit", "cpu", "gpus", "isa", "openmp_runtimes", "provenance", "version_of", "versions"]
 
 
 def cpu() -> str:
@@ -69,7 +69,8 @@ def driver() -> str | None:
     return found.group(1) if found else "unknown"
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None: absent."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -84,7 +85,7 @@ def versions() -> dict[str, str | None]:
         "resnet_fast": resnet_fast.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "cuda": torch.version.cuda,
         "cudnn": None if cudnn is None else str(cudnn),
         "onednn": onednn.group(1) if onednn and torch.backends.mkldnn.is_available() else None,

@@ -9,13 +9,17 @@ from typing import Any
 
 from . import CommandError
 from .curves import Curves
+from .engines import TITLES
 from .judging import Check
 
 __all__ = ["bars", "errors", "losses", "require", "save", "stamp"]
 
 #: Colour-blind safe (Okabe and Ito); ours stands out, the others are quiet.
-_COLOURS = {"eager": "#bbbbbb", "channels_last": "#888888", "compile": "#56b4e9", "resnet_fast": "#d55e00"}
-_LABELS = {"eager": "eager, NCHW", "channels_last": "eager, channels_last", "compile": "torch.compile"}
+_COLOURS = {
+    "eager": "#bbbbbb", "channels_last": "#888888", "compile": "#56b4e9",
+    "openvino": "#009e73", "onnxruntime": "#cc79a7", "resnet_fast": "#d55e00",
+}  # fmt: skip
+_LABELS = {"eager": "eager, NCHW", "channels_last": "eager, channels_last", "compile": "torch.compile", **TITLES}
 
 
 def require() -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast import buffers
 
+from .engines import ENGINES, Engine
 from .progress import Progress
 from .steps import LOSS_SCALE, autocast, in_layout, loss, tensors
 
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 #: What ours can be timed against, in the order of the table.
-AGAINST = ("eager", "channels_last", "compile", "reduce_overhead", "max_autotune")
+AGAINST = ("eager", "channels_last", "compile", "reduce_overhead", "max_autotune", *ENGINES)
 #: Those of it that replay CUDA graphs of their own making.
 GRAPHED = ("reduce_overhead", "max_autotune")
 #: Ours by ``resnet_fast.capture``, the copy of the input into its buffer included.
@@ -163,7 +164,8 @@ def contender(
     """One of ``contenders`` by its name, on a copy of ``model``; "resnet_fast" is what ``fuse`` makes of it.
 
     torch.compile besides: "reduce_overhead" and "max_autotune", its modes of these names, which replay CUDA graphs;
-    "compile_max", the latter without graphs, and "compile_frozen", that with inductor's freezing. "captured" is what
+    "compile_max", the latter without graphs, and "compile_frozen", that with inductor's freezing. "openvino" and
+    "onnxruntime", in inference on a CPU, are these engines. "captured" is what
     ``resnet_fast.capture`` makes of ours, "tuned" is ours by a table that ``resnet_fast.warmup`` fills at the first
     call (``dispatch.forget()`` afterwards, or others use it too). Behind any name "+graph": the whole call replayed as
     a CUDA graph, recorded at the first call. Behind "resnet_fast:" may stand the one backend to fuse for.
@@ -172,8 +174,12 @@ def contender(
     training = setting.mode == "training"
     held = torch.float32 if training else setting.dtype
     layout = torch.contiguous_format if kind == "eager" else torch.channels_last
+    if kind in ENGINES and (training or setting.device.type != "cpu"):
+        raise ValueError(f"{kind}: {setting.mode} on {setting.device.type}; supported is inference on a CPU")
     own = in_layout(copy.deepcopy(model).to(device=setting.device, dtype=held).train(training), layout)
     inputs = x.to(device=setting.device, dtype=held).contiguous(memory_format=layout)
+    if kind in ENGINES:
+        return Contender(name, Engine(kind, own, inputs))
     forward: Callable[[Tensor], Any] = own
     if kind in _COMPILE:
         forward = torch.compile(own, dynamic=False, **_COMPILE[kind])
@@ -422,7 +428,7 @@ def measure(
                     _sync(device)
                     first[c.name] = time.perf_counter() - begin
                     begin = time.perf_counter()
-                    peak[c.name] = memory(c.call, device)
+                    peak[c.name] = None if c.name in ENGINES else memory(c.call, device)
                     once[c.name] = time.perf_counter() - begin
                     kept[c.name] = saved(c.call) if setting.mode == "training" else None
                     if once[c.name] < 1:  # else it is known well enough, and warm
