@@ -224,7 +224,7 @@ def test_shared_memory_decides() -> None:
 @needs_machine
 def test_weights_of_stage_1_are_resident_on_sm_90() -> None:
     """Stage 1's blocks as in docs/bottleneck.md, and the others streamed."""
-    shared = cuda_on_cpu.native()._C.cuda.bottleneck_shared
+    shared = cuda_on_cpu.kernels().bottleneck_shared
     resident = [shared(c=c, width=64, k=256, projection=c == 64, resident=True) for c in (256, 64)]
     assert resident == [231424, 216576]
     assert all(SHARED["sm_80"] < size <= SHARED["sm_90"] for size in resident)

@@ -288,7 +288,7 @@ def test_autocast_is_off_inside_an_op() -> None:
     ],
 )
 def test_which_gpus_a_build_serves(archs: list[str], capability: tuple[int, int], runs: bool) -> None:
-    assert backend("native")._runs_on(archs, capability) is runs
+    assert backend("native").common.runs_on(archs, capability) is runs
 
 
 @every_variant

@@ -59,7 +59,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dispatch, "_why_not", why_not)
     monkeypatch.setattr(dispatch, "backend", lambda name: native if name == "native" else original(name))
-    monkeypatch.setattr(native, "_shared_limit_of_gpu", lambda device: 227 << 10)
+    monkeypatch.setattr(native.common, "_shared_limit_of_gpu", lambda device: 227 << 10)
     monkeypatch.setattr(tables, "device_name", lambda device: "An H200" if device.type == "cuda" else "a CPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -179,7 +179,7 @@ def test_ways_that_cannot_run_are_passed_over(gpu: None, monkeypatch: pytest.Mon
         "measured: 1.50x library on An H200; left out: cudnn, 100 us: its ReLU makes 0 of NaN; "
         "fuse(model, backend='cudnn') asks for it"
     )
-    monkeypatch.setattr(cuda_on_cpu.native(), "_shared_limit_of_gpu", lambda device: 99 << 10)
+    monkeypatch.setattr(cuda_on_cpu.native().common, "_shared_limit_of_gpu", lambda device: 99 << 10)
     step = lines(model)["0"]
     assert step.runs == "library" and "bottleneck, 200 us: width 64 needs 165888 bytes" in step.reason
     wrong = [Candidate("warp", None, 1e-5), Candidate("mixed", {"convolutions": ["warp"] * 4}, 2e-5)]

@@ -339,7 +339,7 @@ def test_whole_stem_in_any_layout(name: str, device: str, dtype: torch.dtype, la
 @pytest.mark.skipif(cuda_on_cpu.why_not() is not None, reason=f"cuda_on_cpu: {cuda_on_cpu.why_not() or ''}")
 def test_whole_stem_has_reasons() -> None:
     native, cpu = cuda_on_cpu.native(), torch.device("cpu")
-    assert native._C.cuda.whole_stem_shared() == 78144  # two blocks on a multiprocessor of sm_80 and sm_90
+    assert cuda_on_cpu.kernels().whole_stem_shared() == 78144  # two blocks on a multiprocessor of sm_80 and sm_90
     for dtype, x, w, reason in (
         (torch.float32, [1, 3, 9, 9], [64, 3, 7, 7], "dtype float32"),
         (torch.float16, [1, 4, 9, 9], [64, 3, 7, 7], "on 4 channels"),

@@ -202,13 +202,19 @@ def machine() -> ModuleType:
 
 
 @functools.cache
+def kernels() -> Any:
+    """``_C.cuda`` of :func:`native`."""
+    return _Kernels(_modules()[1].cuda)
+
+
+@functools.cache
 def native() -> ModuleType:
     """A second copy of the native backend, to whose ``_C.cpu`` belong the CUDA kernels."""
     ours = _modules()[1]
-    kernels = _Kernels(ours.cuda)
-    replacement = SimpleNamespace(DType=ours.DType, build_info=ours.build_info, cpu=kernels, cuda=kernels)
+    replacement = SimpleNamespace(DType=ours.DType, build_info=ours.build_info, cpu=kernels(), cuda=kernels())
     name = f"{__name__}.native"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "resnet_fast" / "backends" / "native.py")
+    source = ROOT / "resnet_fast" / "backends" / "native" / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, source, submodule_search_locations=[str(source.parent)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

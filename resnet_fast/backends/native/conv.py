@@ -1,0 +1,197 @@
+"""Convolutions: the library's (oneDNN on a CPU, cuDNN on a GPU) with our kernels around them.
+
+Lazy operands are written out first.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fast.backends import library
+
+from .bn_act import affine_act, bn_backward_apply_into, bn_stats
+from .common import CHANNELS_LAST, matrix
+
+
+def _activation(x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """An activation, lazy or not, written out channels-last in ``dtype``."""
+    if scale is None or shift is None:
+        return x.to(dtype, memory_format=CHANNELS_LAST)
+    return affine_act(x, scale, shift).to(dtype)
+
+
+def _gradient(
+    dtype: torch.dtype,
+    overwrite: bool,
+    g: Tensor,
+    y: Tensor | None,
+    mean: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    gscale: Tensor | None = None,
+    gshift: Tensor | None = None,
+) -> Tensor:
+    """A gradient, lazy or not, written out channels-last in ``dtype``; with ``overwrite`` a lazy one over ``g``."""
+    if y is None or mean is None or a is None or b is None or c is None:
+        return g.to(dtype, memory_format=CHANNELS_LAST)
+    return bn_backward_apply_into(g, y, mean, a, b, c, gscale, gshift, overwrite).to(dtype)
+
+
+def conv_stats(
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = library.arithmetic(x.device, x.dtype)
+    if library.widens(x, w, stride, padding, dilation, groups):
+        wide = x.dtype
+    y = library.conv(_activation(x, scale, shift, wide), w.to(wide), stride, padding, dilation, groups).to(x.dtype)
+    return (y, *bn_stats(y, gamma, beta, eps))
+
+
+def conv_dgrad(
+    g: Tensor,
+    w: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    y: Tensor | None = None,
+    mean: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+) -> Tensor:
+    wide = library.arithmetic(g.device, g.dtype)
+    dy = _gradient(wide, False, g, y, mean, a, b, c)
+    return library.conv_dgrad(dy, w.to(wide), list(input_size), stride, padding, dilation, groups).to(g.dtype)
+
+
+def conv_wgrad(
+    g: Tensor,
+    x: Tensor,
+    weight_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    y: Tensor | None = None,
+    mean: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+) -> Tensor:
+    wide = library.arithmetic(g.device, g.dtype)
+    dy = _gradient(wide, False, g, y, mean, a, b, c)
+    operand = _activation(x, scale, shift, wide)
+    return library.conv_wgrad(dy, operand, list(weight_size), stride, padding, dilation, groups).to(x.dtype)
+
+
+def _conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    geometry: tuple[list[int], list[int], list[int], int],
+    needs: tuple[bool, bool],
+    affine: tuple[Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor]:
+    """``conv_backward`` from dy. ``needs``: dx and dw; ``affine``: scale and shift of a lazy x."""
+    dx, dw = x.new_empty(0), x.new_empty(0)
+    wide = dy.dtype
+    if needs[0]:
+        residual = None if residual is None else matrix("residual", residual, x)
+        if residual is not None and residual.dtype != wide:
+            residual, overwrite = residual.to(wide, memory_format=CHANNELS_LAST), True
+        dx = library.conv_dgrad(dy, w.to(wide), list(x.shape), *geometry, residual, overwrite).to(x.dtype)
+    if needs[1]:
+        dw = library.conv_wgrad(dy, _activation(x, *affine, wide), list(w.shape), *geometry).to(x.dtype)
+    return dx, dw
+
+
+def conv_backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs_x: bool,
+    needs_w: bool,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    y: Tensor | None = None,
+    mean: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    gscale: Tensor | None = None,
+    gshift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    dy = _gradient(library.arithmetic(g.device, g.dtype), False, g, y, mean, a, b, c, gscale, gshift)
+    geometry = (stride, padding, dilation, groups)
+    return _conv_backward(dy, x, w, geometry, (needs_x, needs_w), (scale, shift), residual, False)
+
+
+def conv_backward_into(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needs_x: bool,
+    needs_w: bool,
+    *,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    disposable: bool,
+    **lazy: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``conv_backward`` that may write over ``residual``, which nobody else needs, and over ``g`` if ``disposable``.
+
+    ``lazy``: y, mean, a, b, c, gscale, gshift, or none of them.
+    """
+    keys = ("y", "mean", "a", "b", "c", "gscale", "gshift")
+    wide = library.arithmetic(g.device, g.dtype)
+    dy = _gradient(wide, disposable and g is not residual, g, *map(lazy.get, keys))
+    geometry = (stride, padding, dilation, groups)
+    # Not where dy is that memory: dw is still to be read from it.
+    overwrite = residual is not None and dy.data_ptr() != residual.data_ptr()
+    return _conv_backward(dy, x, w, geometry, (needs_x, needs_w), (scale, shift), residual, overwrite)
+
+
+def conv_affine_act(
+    x: Tensor,
+    w: Tensor,
+    shift: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    y = F.conv2d(x, w, None, stride, padding, dilation, groups)
+    one = y.new_ones(y.shape[1], dtype=torch.float32) if scale is None else scale
+    return affine_act(y, one, shift, residual, relu=relu)
