@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +52,14 @@ def whole_float32() -> Iterator[None]:
 def seeded() -> None:
     """The same numbers in every order of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty RESNET_FAST_CACHE, and no table known before or after."""
+    from resnet_fast import dispatch
+
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "cache"))
+    dispatch.forget()
+    yield tmp_path / "cache"
+    dispatch.forget()

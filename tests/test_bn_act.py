@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch.nn.functional as F
 
 from resnet_fast import ops
 from resnet_fast.dispatch import BackendError, backend, reasons, use_backend
+from tests.able import needs_native, why_no_native
 from tests.cases import LAYOUTS, NASTY, TINY, VARIANTS, Case, inputs
+from tests.isa import every_isa, run_again
 from tests.tolerance import (
     assert_all_close,
     assert_same_bits,
@@ -47,10 +48,6 @@ THREADS, ODD = BY_NAME["threads"], BY_NAME["K9"]
 
 def _has(name: str, op: str) -> bool:
     return name == "torch" or reasons(op, torch.device("cpu"), torch.float32)[name] is None
-
-
-_why_no_native = reasons("bn_stats", torch.device("cpu"), torch.float32)["native"]
-needs_native = pytest.mark.skipif(_why_no_native is not None, reason=f"native: {_why_no_native}")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -273,7 +270,7 @@ def test_expanded_gradient() -> None:
     """z.sum().backward() sends a gradient of one element, expanded."""
     kwargs = inputs("affine_act_backward", ODD)
     kwargs["dz"] = torch.ones(()).expand_as(kwargs["dz"])
-    for name in ("native", "torch") if _why_no_native is None else ("torch",):
+    for name in ("native", "torch") if why_no_native is None else ("torch",):
         check("affine_act_backward", kwargs, name)
 
 
@@ -396,37 +393,15 @@ def test_fingerprint_reads_a_tensors_own_values_alone() -> None:
 
 
 @needs_native
-@pytest.mark.skipif("RESNET_FAST_ISA" in os.environ, reason="this run is one of the instruction sets")
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@every_isa
 def test_instruction_set(isa: str) -> None:
-    """The native tests of this file again, in a process whose kernels are those of one instruction set."""
-    from resnet_fast import _C
-
-    if isa not in _C.build_info()["isas"]:
-        pytest.skip(f"not built: {isa}")
-    if isa == _C.cpu.isa():
-        pytest.skip(f"{isa} is what every test here runs on")
-    env = {**os.environ, "RESNET_FAST_ISA": isa}
-    probe = "import torch\nfrom resnet_fast import _C\nprint(_C.cpu.isa())"
-    found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, timeout=60)
-    if "this CPU does not have it" in found.stderr:
-        pytest.skip(f"this CPU does not have {isa}")
-    assert found.stdout.strip() == isa, found.stderr
-    files = [__file__, str(Path(__file__).with_name("test_stem.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files]
     tests = "relu or gradient_passes or thousand or mask or window or nan or finite or K8 or K9 or K70 or threads"
-    tests += " or image"
-    command += ["-k", f"native and cpu and ({tests})", "-m", "not gpu"]
-    result = subprocess.run(
-        command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-600:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100 and "skipped" not in result.stdout
+    files = __file__, str(Path(__file__).with_name("test_stem.py"))
+    run_again(isa, f"native and cpu and ({tests} or image)", 100, *files, options=("-m", "not gpu"))
 
 
+@needs_native
 def test_unknown_instruction_set_is_refused() -> None:
-    if _why_no_native is not None:
-        pytest.skip(f"native: {_why_no_native}")
     probe = "import torch\nfrom resnet_fast import _C\n_C.cpu.isa()"
     env = {**os.environ, "RESNET_FAST_ISA": "mmx"}
     found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, timeout=60)

@@ -19,6 +19,7 @@ from resnet_fast.dispatch import backend, use_backend
 from resnet_fast.functional import ConvBn
 from resnet_fast.models import Bottleneck
 from tests import cuda_on_cpu
+from tests.able import needs_machine
 from tests.blocks import KINDS, Block
 from tests.cases import LAYOUTS, NASTY, TINY, WHOLE_BLOCKS, Case, inputs
 from tests.fusing import calibrated
@@ -43,9 +44,6 @@ LOW = (torch.bfloat16, torch.float16)
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10}
 CPU = torch.device("cpu")
 
-needs_machine = pytest.mark.skipif(
-    cuda_on_cpu.why_not() is not None, reason=f"cuda_on_cpu: {cuda_on_cpu.why_not() or ''}"
-)
 
 #: (variant, case) of the geometries that have a kernel.
 WHOLE = [

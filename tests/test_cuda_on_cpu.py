@@ -15,11 +15,11 @@ from torch import Tensor
 
 from resnet_fast.dispatch import OPS
 from tests import cuda_on_cpu
+from tests.able import needs_machine
 from tests.cases import TINY, VARIANTS, WHOLE_BLOCKS, WHOLE_STEM, inputs
 from tests.tolerance import backends
 
-why_not = cuda_on_cpu.why_not()
-pytestmark = pytest.mark.skipif(why_not is not None, reason=f"cuda_on_cpu: {why_not}")
+pytestmark = needs_machine
 
 
 def launch(

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_fast import BackendError, dispatch, ops, use_backend
 from resnet_fast.dispatch import BACKENDS, OPS, Choice, backend, choose, reasons
+from tests.able import needs_native
 from tests.cases import TINY, VARIANTS, inputs
 from tests.tolerance import assert_same_bits
 
@@ -22,9 +23,6 @@ CPU = torch.device("cpu")
 CASE = next(case for case in TINY if case.name == "3x3_2")
 every_variant = pytest.mark.parametrize(
     "op, variant", [pytest.param(op, v, id=f"{op}-{v}") for op, variants in VARIANTS.items() for v in variants]
-)
-needs_native = pytest.mark.skipif(
-    reasons("bn_stats", CPU, torch.float32)["native"] is not None, reason="resnet_fast._C is not built"
 )
 
 
@@ -270,9 +268,7 @@ def test_autocast_is_off_inside_an_op() -> None:
             torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.skipif(
-    reasons("bn_stats", torch.device("cpu"), torch.float32)["native"] is not None, reason="needs the native kernels"
-)
+@needs_native
 @pytest.mark.parametrize(
     "archs, capability, runs",
     [

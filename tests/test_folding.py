@@ -9,15 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fast.dispatch import backend, choose, reasons, use_backend
+from resnet_fast.dispatch import backend, choose, use_backend
 from resnet_fast.folding import FoldCache, Folded, arithmetic, cast, folded_block, magnitude
+from tests.able import needs_native
 from tests.blocks import KINDS, Block
 from tests.tolerance import DTYPES, assert_close, assert_same_bits, name_of, to_float64
 
-needs_folding = pytest.mark.skipif(
-    reasons("bn_stats", torch.device("cpu"), torch.float32)["native"] is not None,
-    reason="FoldCache needs the native kernels, to see writes that bump no counter",
-)
+needs_folding = needs_native  # to see writes that bump no counter
 
 
 def fold(cache: FoldCache, block: Block) -> tuple[list[Folded], Folded | None]:

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast import folding, guards, models
-from resnet_fast.dispatch import reasons
+from tests.able import needs_native
 from tests.fusing import calibrated
 
-pytestmark = pytest.mark.skipif(
-    reasons("bn_stats", torch.device("cpu"), torch.float32)["native"] is not None, reason="folding needs the kernels"
-)
+pytestmark = needs_native  # nothing is folded without
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
 
 

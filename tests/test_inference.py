@@ -24,28 +24,18 @@ from resnet_fast.models import Bottleneck, resnet50
 from resnet_fast.tables import Candidate, Row
 from resnet_fast.tuning import TuningWarning, warmup
 from tests import cuda_on_cpu
+from tests.able import needs_machine
 from tests.blocks import KINDS, Block
 from tests.tolerance import assert_close, to_float64
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 BFLOAT16 = torch.bfloat16
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
-needs_machine = pytest.mark.skipif(
-    cuda_on_cpu.why_not() is not None, reason=f"cuda_on_cpu: {cuda_on_cpu.why_not() or ''}"
-)
 needs_triton = pytest.mark.skipif(
     dispatch.reasons("conv_affine_act", CPU, torch.float32)["triton"] is not None, reason="needs Triton's interpreter"
 )
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and no table known before or after."""
-    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "cache"))
-    dispatch.forget()
-    yield tmp_path / "cache"
-    dispatch.forget()
 
 
 @pytest.fixture
@@ -365,7 +355,7 @@ def test_a_summand_from_elsewhere_is_measured_too() -> None:
 
 
 @needs_machine
-def test_warmup_in_eval(gpu: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warmup_in_eval(gpu: None, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every distinct block once; kept for later processes; explain() then knows them all."""
     original = schedule.requests
     monkeypatch.setattr(schedule, "requests", lambda module, plan, seen, device=None: original(module, plan, seen, GPU))
@@ -376,7 +366,7 @@ def test_warmup_in_eval(gpu: None, folder: Path, monkeypatch: pytest.MonkeyPatch
     model = half(nn.Sequential(*stages(), Bottleneck(1024, 256)))
     model.append(copy.deepcopy(model[-1]))  # the same once more
     report = warmup(model, SHAPE, dtype=BFLOAT16, progress=False)
-    assert len(report.measured) == 6 and report.path is not None and report.path.parent == folder
+    assert len(report.measured) == 6 and report.path is not None and report.path.parent == empty_cache
     assert "An H200: 6 measured, 0 known before" in str(report)
     assert {step.reason.partition(" on ")[0] for step in lines(model).values()} == {"measured: 2.00x library"}
     dispatch.forget()
@@ -386,11 +376,11 @@ def test_warmup_in_eval(gpu: None, folder: Path, monkeypatch: pytest.MonkeyPatch
         warmup(model, SHAPE, dtype=BFLOAT16)
 
 
-def test_warmup_in_eval_on_a_cpu(folder: Path) -> None:
+def test_warmup_in_eval_on_a_cpu(empty_cache: Path) -> None:
     """There is one way, and warmup says so."""
     model = Bottleneck(16, 4).eval()
     report = warmup(model, (1, 16, 4, 4))
-    assert report.measured == () and report.path is None and not folder.exists()
+    assert report.measured == () and report.path is None and not empty_cache.exists()
     assert "nothing to measure: a CPU's inference runs on folded weights" in str(report)
     with pytest.raises(ValueError, match="model: found no block that is fused"):
         warmup(nn.Conv2d(16, 4, 1).eval(), (1, 16, 4, 4))

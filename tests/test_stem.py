@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from resnet_fast import ops
 from resnet_fast.dispatch import OPS as OPS_ALL
-from resnet_fast.dispatch import backend, reasons
+from resnet_fast.dispatch import backend
 from tests import cuda_on_cpu
+from tests.able import needs_machine, needs_native
 from tests.cases import LAYOUTS, NASTY, TINY, WHOLE_STEM, Case, inputs
 from tests.tolerance import (
     assert_all_close,
@@ -48,9 +49,6 @@ IMAGES = tuple(
 CASES = [pytest.param(case, id=case.name) for case in TINY + NASTY + IMAGES]
 THREADS = next(case for case in TINY if case.name == "threads")
 ODD = next(case for case in IMAGES if case.name == "image_4x7_K129")
-
-_why_no_native = reasons("affine_act_maxpool", torch.device("cpu"), torch.float32)["native"]
-needs_native = pytest.mark.skipif(_why_no_native is not None, reason=f"native: {_why_no_native}")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -336,7 +334,7 @@ def test_whole_stem_in_any_layout(name: str, device: str, dtype: torch.dtype, la
     check("whole_stem", inputs("whole_stem", case, dtype, device, layout=layout), name)
 
 
-@pytest.mark.skipif(cuda_on_cpu.why_not() is not None, reason=f"cuda_on_cpu: {cuda_on_cpu.why_not() or ''}")
+@needs_machine
 def test_whole_stem_has_reasons() -> None:
     native, cpu = cuda_on_cpu.native(), torch.device("cpu")
     assert cuda_on_cpu.kernels().whole_stem_shared() == 78144  # two blocks on a multiprocessor of sm_80 and sm_90

@@ -7,39 +7,18 @@ and each rank's parameter gradients such that their sum is the joined batch's.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from resnet_fast import functional
 from resnet_fast.dispatch import reasons
 from resnet_fast.functional import ConvBn, residual_block
+from tests.ranks import needs_gloo, two_ranks
 from tests.sync_worker import SHARES, batch, network, network_of, own, results
 
-ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo, which tests on the CPU need"
-)
-
-
-def two_ranks(case: str, folder: Path) -> list[dict[str, torch.Tensor]]:
-    """What both ranks leave behind."""
-    file = folder / "meeting"
-    command = [sys.executable, "-m", "tests.sync_worker"]
-    ranks = [
-        subprocess.Popen([*command, str(r), "2", str(file), case], cwd=ROOT, stderr=subprocess.PIPE) for r in (0, 1)
-    ]
-    try:
-        errors = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-    return [torch.load(f"{file}.{r}") for r in (0, 1)]
+pytestmark = needs_gloo
 
 
 def close(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -69,7 +48,7 @@ CASES = ("even", "uneven", "empty", "cumulative", "untracked", "no_affine", "con
 
 @pytest.mark.parametrize("case", [*CASES, pytest.param("triton", marks=[needs_triton, pytest.mark.slow])])
 def test_equals_the_joined_batch(case: str, tmp_path: Path) -> None:
-    ranks, expected = two_ranks(case, tmp_path), joined(case)
+    ranks, expected = two_ranks("sync_worker", case, tmp_path), joined(case)
     assert set(expected) == set(ranks[0]) == set(ranks[1])
     for name, value in expected.items():
         first, second = ranks[0][name], ranks[1][name]
@@ -88,7 +67,7 @@ def test_equals_the_joined_batch(case: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ddp_on_triton(tmp_path: Path) -> None:
     """Each rank normalises its own images; gradients are the ranks' mean, running statistics the first rank's."""
-    ranks = two_ranks("ddp_triton", tmp_path)
+    ranks = two_ranks("sync_worker", "ddp_triton", tmp_path)
     alone = [results(network_of("ddp_triton").double(), own("ddp_triton", r).double()) for r in (0, 1)]
     for name, value in alone[0].items():
         if name.startswith("grad"):
@@ -102,13 +81,13 @@ def test_ddp_on_triton(tmp_path: Path) -> None:
 
 def test_one_value_on_each_rank_is_enough(tmp_path: Path) -> None:
     """As in nn.SyncBatchNorm: two ranks make two values, where a rank by itself would be refused."""
-    ranks, expected = two_ranks("one_value", tmp_path), joined("one_value")
+    ranks, expected = two_ranks("sync_worker", "one_value", tmp_path), joined("one_value")
     close(torch.cat([rank["z"] for rank in ranks]), expected["z"], "z")
 
 
 def test_a_group_of_ones_own(tmp_path: Path) -> None:
     """process_group says over whom: alone in it, a rank is an ordinary batch norm."""
-    ranks = two_ranks("alone", tmp_path)
+    ranks = two_ranks("sync_worker", "alone", tmp_path)
     for r in (0, 1):
         expected = results(network().double(), own("even", r).double())
         for name, value in expected.items():
@@ -116,7 +95,7 @@ def test_a_group_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_in_eval_nobody_waits(tmp_path: Path) -> None:
-    ranks = two_ranks("eval", tmp_path)
+    ranks = two_ranks("sync_worker", "eval", tmp_path)
     assert ranks[1] == {}
     expected = network().eval()(own("even", 0))
     close(ranks[0]["z"], expected.detach(), "z")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,7 @@ from resnet_fast.tables import Candidate, Row, Signature, TableError, TableWarni
 from tests.tuning import CPU, step, tiny
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and no table known before or after."""
-    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "cache"))
-    dispatch.forget()
-    yield tmp_path / "cache"
-    dispatch.forget()
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def row_of(batch: int) -> Row:
@@ -38,13 +30,13 @@ def row_of(batch: int) -> Row:
     return Row(signature, candidates, "warmup")
 
 
-def test_rows_survive_a_file(folder: Path) -> None:
+def test_rows_survive_a_file(empty_cache: Path) -> None:
     path = tables.save(CPU, [row_of(1), row_of(2)])
-    assert path is not None and path.parent == folder
+    assert path is not None and path.parent == empty_cache
     assert tables.load(CPU) == {row_of(n).signature: row_of(n) for n in (1, 2)}
     tables.save(CPU, [row_of(3)])
     assert len(tables.load(CPU)) == 3
-    assert [p.name for p in folder.iterdir() if p.suffix == ".tmp"] == []
+    assert [p.name for p in empty_cache.iterdir() if p.suffix == ".tmp"] == []
 
 
 def change(**change: Any) -> Callable[[dict[str, Any]], str]:
@@ -130,7 +122,7 @@ def test_reading_needs_what_it_asks_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_threads_and_processes_write_at_once(folder: Path) -> None:
+def test_threads_and_processes_write_at_once(empty_cache: Path) -> None:
     """Nothing is lost, and every reader finds a whole file."""
     code = f"""
 import sys

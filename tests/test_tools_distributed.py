@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.ranks import needs_gloo, two_ranks
 from tests.tools import FUSED, assert_same_state, fused_rows, images, loss_of, near, pair
-
-ROOT = Path(__file__).parents[1]
-needs_gloo = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo, which tests on the CPU need"
-)
-
-
-def two_ranks(case: str, folder: Path) -> list[Any]:
-    """Of each rank: what plain and fused left behind."""
-    folder.mkdir(exist_ok=True)
-    file = folder / "meeting"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.tools_worker"]
-    ranks = [
-        subprocess.Popen([*command, str(r), "2", str(file), case], cwd=ROOT, stderr=subprocess.PIPE) for r in (0, 1)
-    ]
-    try:
-        errors = [rank.communicate(timeout=180)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-    return [torch.load(f"{file}.{r}") for r in (0, 1)]
 
 
 def mean_error(tensors: list[Tensor], refs: list[Tensor]) -> float:
@@ -54,7 +29,7 @@ def mean_error(tensors: list[Tensor], refs: list[Tensor]) -> float:
 )
 def test_two_processes(case: str, tmp_path: Path) -> None:
     """Gradients, parameters, buffers and outputs of two steps: those of the unfused model, on every rank."""
-    answers = two_ranks(case, tmp_path)
+    answers = two_ranks("tools_worker", case, tmp_path, timeout=180)
     for rank, (plain, ours) in enumerate(answers):
         plain.pop("rows")
         assert ours.pop("rows") == FUSED, f"rank {rank}: not fused inside"
@@ -66,7 +41,7 @@ def test_two_processes(case: str, tmp_path: Path) -> None:
         if name.startswith(("grad", "parameter")):
             assert torch.equal(value, answers[1][1][name]), f"{name} differs between ranks"
     if case == "fsdp_mixed":  # a network of batch norms in bfloat16 is far from float32's, ours no farther than torch's
-        full = two_ranks("fsdp", tmp_path / "full")[0][0]
+        full = two_ranks("tools_worker", "fsdp", tmp_path / "full", timeout=180)[0][0]
         plain, ours = answers[0]
         for kind in ("grad", "parameter", "buffer", "first"):
             names = [name for name in full if name.startswith(kind) and full[name].is_floating_point()]

@@ -20,28 +20,18 @@ from resnet_fast.fuse import blocks
 from resnet_fast.models import resnet50
 from resnet_fast.tables import Candidate, Row, Signature, TableWarning
 from resnet_fast.tuning import TuningWarning, warmup
+from tests.able import needs_native
 from tests.cases import TINY, inputs
 from tests.tolerance import assert_same_bits
 from tests.tuning import CPU, SHAPE, clock, image, step, tiny
 
 ROOT = Path(__file__).parents[1]
 CASE = next(case for case in TINY if case.name == "3x3")
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
-needs_native = pytest.mark.skipif(
-    dispatch.reasons("bn_stats", CPU, torch.float32)["native"] is not None, reason="resnet_fast._C is not built"
-)
 needs_triton = pytest.mark.skipif(
     dispatch.reasons("conv_stats", CPU, torch.float32)["triton"] is not None, reason="needs Triton's interpreter"
 )
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and no table known before or after."""
-    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "cache"))
-    dispatch.forget()
-    yield tmp_path / "cache"
-    dispatch.forget()
 
 
 @pytest.fixture
@@ -162,11 +152,11 @@ def trains_with(fastest: str, ran: list[tuple[str, str]], monkeypatch: pytest.Mo
 @needs_native
 @pytest.mark.parametrize("fastest", ["native", "torch"])
 def test_the_fastest_runs(
-    fastest: str, ran: list[tuple[str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+    fastest: str, ran: list[tuple[str, str]], empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And explain() says by how much."""
     report, text = trains_with(fastest, ran, monkeypatch)
-    assert report.path is not None and report.path.parent == folder and report.path.exists()
+    assert report.path is not None and report.path.parent == empty_cache and report.path.exists()
     assert f"fastest: {fastest} " in str(report) and "compared fused, native, original, torch" in str(report)
     slower = {"native": "torch", "torch": "native"}[fastest]
     assert text.count(f"{fastest}  measured: 2.00x {slower} on ") == 12

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -18,10 +13,11 @@ from resnet_fast import dispatch, models
 from resnet_fast.backends import library, onednn, winograd
 from resnet_fast.dispatch import reasons, use_backend
 from resnet_fast.fuse import fuse
+from tests.able import needs_native
+from tests.isa import every_isa, run_again
 from tests.tolerance import DTYPES, assert_close, assert_same_bits, eager, name_of, reference, run
 
-_why_no_native = reasons("bn_stats", torch.device("cpu"), torch.float32)["native"]
-pytestmark = pytest.mark.skipif(_why_no_native is not None, reason=f"native: {_why_no_native}")
+pytestmark = needs_native
 
 CL = torch.channels_last
 
@@ -291,26 +287,6 @@ def test_fused_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert error <= 3 * torchs_error + 1e-4, f"{key}: {error} beside torch's {torchs_error}"
 
 
-@pytest.mark.skipif("RESNET_FAST_ISA" in os.environ, reason="this run is one of the instruction sets")
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@every_isa
 def test_instruction_set(isa: str) -> None:
-    """This file again, in a process whose kernels are those of one instruction set."""
-    from resnet_fast import _C
-
-    if isa not in _C.build_info()["isas"]:
-        pytest.skip(f"not built: {isa}")
-    if isa == _C.cpu.isa():
-        pytest.skip(f"{isa} is what every test here runs on")
-    env = {**os.environ, "RESNET_FAST_ISA": isa}
-    probe = "import torch\nfrom resnet_fast import _C\nprint(_C.cpu.isa())"
-    found = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, timeout=60)
-    if "this CPU does not have it" in found.stderr:
-        pytest.skip(f"this CPU does not have {isa}")
-    assert found.stdout.strip() == isa, found.stderr
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "float64 or hard or epilogues or layout or threads or nan or empty"]
-    result = subprocess.run(
-        command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-600:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 100 and "skipped" not in result.stdout
+    run_again(isa, "float64 or hard or epilogues or layout or threads or nan or empty", 100, __file__)
