@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import switches
 
-__all__ = ["empty", "release", "scratch"]
+__all__ = ["empty", "image", "release", "scratch"]
 
 #: From this size on, glibc maps a block by itself (DEFAULT_MMAP_THRESHOLD_MAX).
 SMALLEST = 32 * 2**20
@@ -74,6 +74,12 @@ def empty(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, smallest: int
     with _lock:
         block = _find(nbytes)
         return torch.empty(0, dtype=dtype).set_(block.memory.untyped_storage(), 0, (n, c, h, w), strides)
+
+
+def image(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised channels-last CPU tensor (N, C, H, W), in kept memory where that pays in training."""
+    kept = empty(shape, dtype, TRAINING)
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last) if kept is None else kept
 
 
 def _find(nbytes: int) -> _Block:

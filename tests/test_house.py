@@ -89,6 +89,8 @@ SIDEWAYS = {
     ("commands", "__init__"),  # commands use the package as its users do
     ("recipes", "__init__"),
 }
+#: What stands in backends/ for them to call.
+NO_BACKENDS = ("direct", "library", "own", "winograd")
 
 
 def cell(path: Path) -> str:
@@ -133,11 +135,22 @@ def test_nobody_imports_upward_or_sideways(path: Path) -> None:
 )
 def test_backends_know_torch_and_their_kernels_alone(path: Path) -> None:
     allowed = {"torch", "triton", *sys.stdlib_module_names}
-    ours = {f"resnet_fast.backends.{name}" for name in ("direct", "library", "winograd")}
+    ours = {f"resnet_fast.backends.{name}" for name in NO_BACKENDS}
     own = {"resnet_fast._C", "resnet_fast.buffers", "resnet_fast.switches", *ours}
     for name in imported(path):
         own_package = path.parent.name != "backends" and name.startswith(f"resnet_fast.backends.{path.parent.name}.")
-        assert name.split(".")[0] in allowed or name in own or own_package, name
+        theirs = name.rpartition(".")[0] in ours
+        assert name.split(".")[0] in allowed or name in own or theirs or own_package, name
+
+
+def test_what_lies_beside_the_backends() -> None:
+    """A file there is a backend, or one of those that backends call: then dispatch knows nothing of it."""
+    there = {
+        path.stem
+        for path in (PACKAGE / "backends").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert there == {"__init__", *BACKENDS, *NO_BACKENDS} and not set(BACKENDS) & set(NO_BACKENDS)
 
 
 def test_the_import_walk_sees_what_it_should() -> None:

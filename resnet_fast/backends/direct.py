@@ -12,20 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-from resnet_fast import buffers, switches
-
-try:
-    from resnet_fast import _C
-except ImportError:  # built without it: why_not says so
-    _C = None  # type: ignore[assignment]
-
-CHANNELS_LAST = torch.channels_last
+from resnet_fast import buffers
+from resnet_fast.backends.own import _C, unable
 
 #: Channels below which patches fall into pieces too small to gather fast: a stem of 3 takes 1.7 times as long as the
 #: library's.
 _CHANNELS = 16
-#: Pixels of the output from which on the library's own calls, 30 us each, no longer weigh and its blocking is as good:
-#: at batch 16 1024 to 256 channels at 14 x 14 take 1.26 times as long as there.
+#: Pixels of the output, at most: with more, the library's own calls, 30 us each, no longer weigh and its blocking is
+#: as good. The third stage at batch 16 (3136 pixels) is within: its 1024 to 256 channels take 1.26 times as long as the
+#: library's, the network as long as with it (docs/conv.md, entry 36).
 _PIXELS = 3200
 
 
@@ -46,14 +41,10 @@ def why_not(
     dtype: torch.dtype,
 ) -> str | None:
     """None where ``conv`` runs this convolution and is the faster, else the reason."""
-    if device.type != "cpu" or _C is None:
-        return "not on a CPU with resnet_fast._C"
-    if not switches.on("products"):
-        return "switched off"
+    if reason := unable(device, dtype, "products"):
+        return reason
     if not _has_registers():
         return f"{_C.cpu.isa()}: the library is the faster without AVX-512"
-    if dtype != torch.float32:
-        return "not float32"
     if groups != 1 or any(taps > 1 and d > 1 for taps, d in zip(w_size[2:], dilation, strict=True)):
         return "groups or dilation"
     if w_size[1] < _CHANNELS:
@@ -114,9 +105,7 @@ def conv(
     padding_h, padding_w = padding
     if z is None:
         p, q = (h + 2 * padding_h - r) // stride_h + 1, (wide + 2 * padding_w - s) // stride_w + 1
-        z = buffers.empty((n, k, p, q), x.dtype, buffers.TRAINING)
-        if z is None:
-            z = torch.empty((n, k, p, q), memory_format=CHANNELS_LAST)
+        z = buffers.image((n, k, p, q), x.dtype)
     else:
         p, q = z.shape[2:]
     threads = torch.get_num_threads()

@@ -16,13 +16,7 @@ from torch import Tensor
 
 from resnet_fast import buffers, switches
 from resnet_fast.backends import winograd
-
-try:
-    from resnet_fast import _C
-except ImportError:  # built without it: pages stay as they are
-    _C = None  # type: ignore[assignment]
-
-CHANNELS_LAST = torch.channels_last
+from resnet_fast.backends.own import _C, CHANNELS_LAST
 
 
 @functools.cache
@@ -71,9 +65,7 @@ def _strided(t: Tensor, stride: list[int]) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, size: list[int]) -> Tensor:
     """The matrix product (NHW, C) as an image of ``size``, in kept memory where that pays."""
-    out = buffers.empty(tuple(size), a.dtype, buffers.TRAINING)
-    if out is None:
-        out = torch.empty(size, dtype=a.dtype, memory_format=CHANNELS_LAST)
+    out = buffers.image(tuple(size), a.dtype)
     torch.mm(a, b, out=_rows(out))
     return out
 

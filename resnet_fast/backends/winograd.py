@@ -11,14 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-from resnet_fast import buffers, switches
-
-try:
-    from resnet_fast import _C
-except ImportError:  # built without it: why_not says so
-    _C = None  # type: ignore[assignment]
-
-CHANNELS_LAST = torch.channels_last
+from resnet_fast import buffers
+from resnet_fast.backends.own import _C, CHANNELS_LAST, unable
 
 #: Channels below which too little is multiplied to pay for the transforms.
 _CHANNELS = 32
@@ -45,12 +39,8 @@ def why_not(
     dtype: torch.dtype,
 ) -> str | None:
     """None where ``conv`` runs this convolution and is the faster, else the reason."""
-    if device.type != "cpu" or _C is None:
-        return "not on a CPU with resnet_fast._C"
-    if not switches.on("winograd"):
-        return "switched off"
-    if dtype != torch.float32:
-        return "not float32"
+    if reason := unable(device, dtype, "winograd"):
+        return reason
     if w_size[2:] != [3, 3] or stride != [1, 1] or padding != [1, 1] or dilation != [1, 1] or groups != 1:
         return "not 3x3, stride 1, padding 1, without dilation and groups"
     h, wide = input_size[2:]
@@ -117,9 +107,7 @@ def conv(
     """
     n, c, h, wide = x.shape
     if z is None:
-        z = buffers.empty((n, k, h, wide), x.dtype, buffers.TRAINING)
-        if z is None:
-            z = torch.empty((n, k, h, wide), dtype=x.dtype, memory_format=CHANNELS_LAST)
+        z = buffers.image((n, k, h, wide), x.dtype)
     threads = torch.get_num_threads()
     workspace = _C.cpu.winograd_workspace(n=n, h=h, w=wide, c=c, k=k, threads=threads)
     _C.cpu.winograd_conv(

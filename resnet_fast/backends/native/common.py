@@ -129,9 +129,8 @@ def image_size(y: Tensor) -> dict[str, Any]:
 
 def empty_image(size: torch.Size | tuple[int, ...], like: Tensor) -> Tensor:
     """An image of ``size``, in the dtype and on the device of ``like``, in kept memory where that pays."""
-    kept = buffers.empty(size, like.dtype, buffers.TRAINING) if like.device.type == "cpu" else None
-    if kept is not None:
-        return kept
+    if like.device.type == "cpu":
+        return buffers.image(size, like.dtype)
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=CHANNELS_LAST)
 
 

@@ -1,0 +1,25 @@
+"""What our own convolutions on a CPU (winograd.py, direct.py) share: ``_C`` where it is built, and where they run."""
+
+from __future__ import annotations
+
+import torch
+
+from resnet_fast import switches
+
+try:
+    from resnet_fast import _C as _C
+except ImportError:  # built without it: unable says so
+    _C = None  # type: ignore[assignment]
+
+CHANNELS_LAST = torch.channels_last
+
+
+def unable(device: torch.device, dtype: torch.dtype, switch: str) -> str | None:
+    """Why no convolution that ``switch`` leaves out runs on ``device`` in ``dtype``, or None."""
+    if device.type != "cpu" or _C is None:
+        return "not on a CPU with resnet_fast._C"
+    if not switches.on(switch):
+        return "switched off"
+    if dtype != torch.float32:
+        return "not float32"
+    return None
