@@ -166,7 +166,7 @@ def contenders(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[tu
 
 def _run_op(name: str, op: str, kwargs: Record) -> Any:
     if name == "eager":
-        from tests.tolerance import eager
+        from tests.eager import eager
 
         if op == "affine_act_mask":  # plain torch keeps z, and packs no bits
             op = "affine_act"

@@ -15,6 +15,7 @@ from resnet_fast import ops
 from resnet_fast.dispatch import BackendError, backend, reasons, use_backend
 from tests.able import needs_native, why_no_native
 from tests.cases import LAYOUTS, NASTY, TINY, VARIANTS, Case, inputs
+from tests.eager import eager
 from tests.isa import every_isa, run_again
 from tests.tolerance import (
     assert_all_close,
@@ -22,7 +23,6 @@ from tests.tolerance import (
     assert_same_bits_by_any_threads,
     backends,
     check,
-    eager,
     name_of,
     reference,
     run,

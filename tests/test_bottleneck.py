@@ -22,6 +22,7 @@ from tests import cuda_on_cpu
 from tests.able import needs_machine
 from tests.blocks import KINDS, Block
 from tests.cases import LAYOUTS, NASTY, TINY, WHOLE_BLOCKS, Case, inputs
+from tests.eager import eager
 from tests.fusing import calibrated
 from tests.libraries import require
 from tests.tolerance import (
@@ -30,7 +31,6 @@ from tests.tolerance import (
     assert_same_bits,
     backends,
     check,
-    eager,
     name_of,
     run,
     to_float64,

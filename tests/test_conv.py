@@ -12,13 +12,13 @@ from resnet_fast import ops
 from resnet_fast.dispatch import backend, prepare, use_backend
 from tests import cuda_on_cpu
 from tests.cases import LAYOUTS, NASTY, TINY, VARIANTS, Case, inputs
+from tests.eager import eager
 from tests.tolerance import (
     assert_all_close,
     assert_close,
     assert_same_bits,
     backends,
     check,
-    eager,
     reference,
     run,
     variants,

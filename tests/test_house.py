@@ -18,7 +18,7 @@ import torch
 
 import resnet_fast
 from resnet_fast.dispatch import BACKENDS, OPS
-from tests import cases, tolerance
+from tests import cases, eager
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, CSRC = ROOT / "resnet_fast", ROOT / "csrc"
@@ -208,7 +208,7 @@ def test_backends_of_many_files_offer_every_op_they_have(name: str) -> None:
 def test_every_op_has_a_docstring_cases_and_tests(op: str) -> None:
     doc = inspect.getdoc(OPS[op].definition)
     assert doc and len(doc) > 40 and OPS[op].__doc__ == OPS[op].definition.__doc__
-    assert cases.VARIANTS[op] and op in tolerance._EAGER
+    assert cases.VARIANTS[op] and op in eager.EAGER
     named = [f for f in (ROOT / "tests").glob("test_*.py") if re.search(rf'"{op}"', f.read_text())]
     assert {f.name for f in named} & {"test_bn_act.py", "test_conv.py", "test_stem.py", "test_bottleneck.py"}, (
         f"{op} is in no test of its row"

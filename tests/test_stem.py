@@ -14,13 +14,13 @@ from resnet_fast.dispatch import backend
 from tests import cuda_on_cpu
 from tests.able import needs_machine, needs_native
 from tests.cases import LAYOUTS, NASTY, TINY, WHOLE_STEM, Case, inputs
+from tests.eager import eager
 from tests.tolerance import (
     assert_all_close,
     assert_same_bits,
     assert_same_bits_by_any_threads,
     backends,
     check,
-    eager,
     name_of,
     reference,
     run,

@@ -22,8 +22,9 @@ from resnet_fast import ops
 from resnet_fast.backends.triton import common, conv, conv_ways
 from resnet_fast.backends.triton.conv_common import Geometry, unsupported
 from tests.cases import NASTY, RESNET50, TINY, VARIANTS, inputs
+from tests.eager import eager
 from tests.test_triton_compile import SHARED, Record, start
-from tests.tolerance import assert_all_close, assert_same_bits, eager, reference
+from tests.tolerance import assert_all_close, assert_same_bits, reference
 
 BY_NAME = {case.name: case for case in TINY + NASTY}
 # The package holds functions of the names of two of its modules.

@@ -14,8 +14,9 @@ from resnet_fast.backends import library, onednn, winograd
 from resnet_fast.dispatch import reasons, use_backend
 from resnet_fast.fuse import fuse
 from tests.able import needs_native
+from tests.eager import eager
 from tests.isa import every_isa, run_again
-from tests.tolerance import DTYPES, assert_close, assert_same_bits, eager, name_of, reference, run
+from tests.tolerance import DTYPES, assert_close, assert_same_bits, name_of, reference, run
 
 pytestmark = needs_native
 
