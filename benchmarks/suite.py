@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import parts
+from benchmarks import parts, roofline
+from benchmarks.items import Settings
 from resnet_fast.commands import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +99,7 @@ def provenance(argv: Sequence[str], commit: str | None) -> Record:
 def _child(args: argparse.Namespace) -> int:
     """Measure one part; called in a process of its own."""
     file = args.output / LINES
-    settings = parts.Settings(torch.device(args.device), args.tiny, args.every)
+    settings = Settings(torch.device(args.device), args.tiny, args.every)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -203,8 +204,8 @@ def _rates(record: Record, ceilings: dict[str, float]) -> Record:
     found = {**record, "bytes_per_second": record["bytes"] / seconds, "flops_per_second": record["flops"] / seconds}
     if len(ceilings) == 2:
         # Of the same run, but the product's dtype: float32 ops on a GPU may use other units than its bfloat16.
-        bound = parts.roofline.Cost(record["bytes"], record["flops"])
-        least = bound.seconds(parts.roofline.Ceilings(ceilings["copy"], ceilings["product"]))
+        bound = roofline.Cost(record["bytes"], record["flops"])
+        least = bound.seconds(roofline.Ceilings(ceilings["copy"], ceilings["product"]))
         found["share"] = least / seconds
     return found
 

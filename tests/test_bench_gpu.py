@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import parts, suite
-from benchmarks.parts import Item, Settings
+from benchmarks import networks, parts, single_ops, suite
+from benchmarks.items import Item, Settings
 from benchmarks.rounds import Timer
 from resnet_fast.commands import timing
 from resnet_fast.commands.progress import Progress
+from tests import cases
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -53,8 +54,8 @@ def test_plan_for_a_gpu(part: str) -> None:
     keys = [item.key for item in found]
     assert len(keys) == len(set(keys)) and all(key.startswith(f"{part}/") for key in keys)
     if part == "ops":
-        assert {key.split("/")[3] for key in keys} == {case.name for case in parts.resnet50(1)}
-        assert {key.split("/")[1] for key in keys} == {op for op, *_ in parts.OPS_MEASURED}
+        assert {key.split("/")[3] for key in keys} == {case.name for case in cases.resnet50(1)}
+        assert {key.split("/")[1] for key in keys} == {op for op, *_ in single_ops.OPS_MEASURED}
         assert {key.split("/")[5] for key in keys} >= {"native", "triton", "cudnn", "eager"}
     elif part == "fusions":
         assert keys == ["fusions/inference", "fusions/training"]
@@ -77,7 +78,7 @@ def test_plan_for_a_gpu(part: str) -> None:
         if part == "inference":  # capture() at every batch of interest, with torch.compile's graphs beside it
             for batch in (1, 8, 32, 128, 256):
                 assert {f"inference/resnet50/{batch}/bfloat16/{group}" for group in ("graphs", "tuned")} <= set(keys)
-            assert {timing.CAPTURED, "reduce_overhead"} < set(parts.GROUPS["graphs"])
+            assert {timing.CAPTURED, "reduce_overhead"} < set(networks.GROUPS["graphs"])
 
 
 def test_shares_are_whole() -> None:
@@ -88,7 +89,7 @@ def test_groups_name_contenders() -> None:
     """Each can be made; graphs say that they need a GPU."""
     model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)), torch.randn(2, 3, 8, 8)
     setting = timing.Setting("inference", 2, 8, torch.float32, CPU)
-    for name in {name for group in parts.GROUPS.values() for name in group}:
+    for name in {name for group in networks.GROUPS.values() for name in group}:
         made = timing.contender(name, model, x, setting)
         assert made.name == name
         if name.endswith(timing.GRAPH) and not torch.cuda.is_available():
@@ -127,13 +128,14 @@ def test_tuned_is_warmed_up_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> No
     asked: list[Any] = []
     forgotten: list[int] = []
     monkeypatch.setattr(timing.resnet_fast, "warmup", lambda model, shape, **options: asked.append((*shape, options)))
-    monkeypatch.setattr(parts, "forget", lambda: forgotten.append(1))
-    monkeypatch.setitem(parts.GROUPS, "tuned", ("channels_last", timing.TUNED))
-    records = parts._network(TINY, "inference", parts.Network("cifar_resnet20", 2, torch.float32, "tuned"), Progress())
+    monkeypatch.setattr(networks, "forget", lambda: forgotten.append(1))
+    monkeypatch.setitem(networks.GROUPS, "tuned", ("channels_last", timing.TUNED))
+    network = networks.Network("cifar_resnet20", 2, torch.float32, "tuned")
+    records = networks._network(TINY, "inference", network, Progress())
     assert {r["contender"] for r in records} == {"channels_last", "tuned"} and not any(r["failed"] for r in records)
     assert len(asked) == 1 and asked[0][:4] == (2, 3, 32, 32) and asked[0][4]["dtype"] == torch.float32
     assert forgotten == [1]
-    parts._network(TINY, "inference", parts.Network("cifar_resnet20", 2, torch.float32, "plain"), Progress())
+    networks._network(TINY, "inference", network._replace(group="plain"), Progress())
     assert forgotten == [1]
 
 
@@ -223,26 +225,30 @@ def test_run_leaves_out_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = parts.TINY[3]
-    parts._prepared.cache_clear()
-    (record,) = parts._op(TINY, "affine_act_mask", "residual", "forward", case, torch.float32, "eager")
+    case = cases.TINY[3]
+    single_ops.prepared.cache_clear()
+    (record,) = single_ops._op(TINY, "affine_act_mask", "residual", "forward", case, torch.float32, "eager")
     assert record["ms_p50"] > 0 and record["bytes"] > 0
-    right = parts._run_op
-    monkeypatch.setattr(parts, "_run_op", lambda *args: right(*args)[0] * 1.1 if args[0] == "torch" else right(*args))
+    right = single_ops._run_op
+
+    def wrong(*args: Any) -> Any:
+        return right(*args)[0] * 1.1 if args[0] == "torch" else right(*args)
+
+    monkeypatch.setattr(single_ops, "_run_op", wrong)
     with pytest.raises(ValueError, match="off the definition's"):
-        parts._op(TINY, "affine_act_mask", "residual", "forward", case, torch.float32, "torch")
-    parts._prepared.cache_clear()
+        single_ops._op(TINY, "affine_act_mask", "residual", "forward", case, torch.float32, "torch")
+    single_ops.prepared.cache_clear()
 
 
 def test_largest_batch() -> None:
     limit = 24 << 20
-    (record,) = parts._largest(TINY, "cifar_resnet20", "channels_last", limit, 4)
+    (record,) = networks._largest(TINY, "cifar_resnet20", "channels_last", limit, 4)
     assert record["batch"] >= 4 and record["batch"] % 4 == 0
-    (more,) = parts._peak(TINY, "cifar_resnet20", record["batch"] + 4, "channels_last")
+    (more,) = networks._peak(TINY, "cifar_resnet20", record["batch"] + 4, "channels_last")
     assert (
         more["peak_bytes"]
         > limit
-        >= parts._peak(TINY, "cifar_resnet20", record["batch"], "channels_last")[0]["peak_bytes"]
+        >= networks._peak(TINY, "cifar_resnet20", record["batch"], "channels_last")[0]["peak_bytes"]
     )
 
 
@@ -268,7 +274,7 @@ def test_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         if "op" in r:
             assert 0 < r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"] and r["share"] > 0
             assert r["bytes_per_second"] == pytest.approx(r["bytes"] / r["ms_p50"] * 1e3)
-    assert {r["contender"] for r in result["records"] if r.get("group") == "plain"} == set(parts.GROUPS["plain"])
+    assert {r["contender"] for r in result["records"] if r.get("group") == "plain"} == set(networks.GROUPS["plain"])
     assert {"gpus", "cpu", "versions", "commit", "date", "command", "clocks"} <= result.keys()
     assert result["command"].startswith("python -m benchmarks.suite") and str(tmp_path) not in json.dumps(result)
     first, *rest = (tmp_path / suite.TABLE).read_text().splitlines()

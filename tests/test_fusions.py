@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import resnet_fast
-from benchmarks import fusions, parts
-from benchmarks.parts import Settings
+from benchmarks import fusions, networks, parts
+from benchmarks.items import Settings
 from resnet_fast import buffers, models, switches
 from resnet_fast.backends import library, winograd
 from resnet_fast.dispatch import reasons
@@ -88,14 +88,14 @@ def test_switches() -> None:
 
 def test_wrong_numbers_are_no_step() -> None:
     good = torch.randn(4, 10)
-    parts._compare(good * 1.01, good, 0.03)
+    networks._compare(good * 1.01, good, 0.03)
     for bad in (good * 1.1, good * float("nan")):
         with pytest.raises(ValueError, match="its numbers are"):
-            parts._compare(bad, good, 0.03)
+            networks._compare(bad, good, 0.03)
 
 
 def test_steps_that_take_too_long_to_prepare_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_PREPARED", -1.0)
+    monkeypatch.setattr(networks, "_PREPARED", -1.0)
     first, *rest = sorted(parts.items("fusions", TINY)[0].measure(), key=lambda r: r["failed"] is not None)
     assert first["ratio"] == 1 and first["contender"] == fusions.steps("cpu", "inference")[0].name
     assert len(rest) == len(fusions.steps("cpu", "inference")) - 1

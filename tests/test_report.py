@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import figures, fusions, parts, report, suite
+from benchmarks import figures, fusions, report, suite
 from resnet_fast.commands.timing import GRAPH
+from tests import cases
 
 HEAD = {
     "schema": 1, "suite": 1, "command": "python -m benchmarks.suite --device cuda --output out",
@@ -56,7 +57,7 @@ def made_up() -> dict[str, Any]:
         }
     )  # fmt: skip
     for op in ("conv_stats", "affine_act_mask", "conv_backward_sums"):
-        for i, case in enumerate(parts.resnet50(128)):
+        for i, case in enumerate(cases.resnet50(128)):
             for j, name in enumerate(("native", "triton", "eager")):
                 records.append(
                     {
