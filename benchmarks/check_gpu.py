@@ -157,7 +157,7 @@ def counted(file: Path) -> str:
     return words + "".join(f"\n    {n} skipped: {reason}" for reason, n in counts["reasons"].most_common(5))
 
 
-def sanitize(tool: str, options: Sequence[str], args: argparse.Namespace, log: Path, seconds: float) -> Outcome:
+def sanitize(tool: str, options: Sequence[str], log: Path, seconds: float) -> Outcome:
     """One tool of compute-sanitizer over ``benchmarks.reduced``."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
@@ -212,7 +212,7 @@ def _steps(args: argparse.Namespace, log: Path) -> Iterator[Outcome]:
     end = time.time() + args.seconds
     yield tests(args, log, args.seconds * (1 - (0.0 if args.no_sanitizer else _SANITIZER_SHARE)))
     for i, (tool, options) in enumerate(() if args.no_sanitizer else _TOOLS.items()):
-        yield sanitize(tool, options, args, log, (end - time.time()) / (len(_TOOLS) - i))
+        yield sanitize(tool, options, log, (end - time.time()) / (len(_TOOLS) - i))
 
 
 def _line(o: Outcome) -> str:

@@ -135,7 +135,7 @@ def test_killed_and_resumed_is_the_straight_run(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_saves_and_stops(number: int, tmp_path: Path) -> None:
     options = ["--epochs", "2000", "--save-every", "100000"]
     with subprocess.Popen(
         command(tmp_path, *options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -122,7 +122,7 @@ def test_reading_needs_what_it_asks_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_threads_and_processes_write_at_once(empty_cache: Path) -> None:
+def test_threads_and_processes_write_at_once() -> None:
     """Nothing is lost, and every reader finds a whole file."""
     code = f"""
 import sys
