@@ -40,7 +40,8 @@ __all__ = [
 class ConvBn(NamedTuple):
     """One convolution and its batch norm, as tensors and numbers.
 
-    ``weight`` (K, C // groups, R, S); ``gamma``, ``beta``, ``running_mean``, ``running_var``, ``bias`` (K,) or None.
+    ``weight`` (K, C // groups, R, S) in the dtype of x; ``gamma``, ``beta``, ``running_mean``, ``running_var`` and
+    ``bias`` (K,) or None, of any floating-point dtype; ``num_batches_tracked`` () int64 or None.
     ``batch_stats``: normalise by the batch's statistics, as in training, and update the running ones, if there are any,
     by ``momentum`` (None: cumulative average over ``num_batches_tracked``). ``relu`` follows the norm. ``group``: the
     process group over whose ranks the batch's statistics are taken, as nn.SyncBatchNorm does; None: this process alone.

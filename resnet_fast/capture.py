@@ -173,7 +173,8 @@ def capture(model: nn.Module, example_input: Tensor | Sequence[Tensor], *, clone
         clone: return copies. Otherwise outputs lie in buffers that the next call with that shape writes over.
 
     Autocast is as it is around this call. Weights may be changed in place afterwards, not replaced. Raises
-    ``TypeError`` and ``ValueError`` for what cannot be captured: training mode, a CPU tensor, gradients.
+    ``TypeError`` and ``ValueError`` for what cannot be captured: training mode, a CPU tensor, gradients; and
+    ``RuntimeError`` where the forward waits for the GPU or reads a tensor's value.
     """
     _check_model(model)
     examples = [example_input] if isinstance(example_input, Tensor) else list(example_input)

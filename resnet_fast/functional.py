@@ -30,7 +30,11 @@ _layout_said = False
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """``x`` (N, C, H, W) in channels-last layout: itself, or a copy, and the first copy in a process is said aloud."""
+    """``x`` (N, C, H, W) in channels-last layout: itself, or a copy.
+
+    The first copy of more than 4 channels in a process is said in a :class:`LayoutWarning`. Any dtype. Raises
+    ``RuntimeError``, as torch does, for another number of dimensions.
+    """
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
     global _layout_said
@@ -289,7 +293,11 @@ def conv_bn_act(x: Tensor, layer: ConvBn) -> Tensor:
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
-    """z = relu(x + residual), (N, K, P, Q) of one shape, dtype and device; differentiable once, channels-last."""
+    """z = relu(x + residual), (N, K, P, Q) of one shape, dtype and device; differentiable once, channels-last.
+
+    float32, bfloat16 or float16 (float64 through the definition). Raises ``ValueError`` where ``residual`` is not like
+    ``x``, ``RuntimeError`` for another number of dimensions.
+    """
     x, residual = to_channels_last(x), to_channels_last(residual)
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
         return AddRelu.apply(x, residual)

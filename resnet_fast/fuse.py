@@ -114,6 +114,9 @@ def fuse(
 
     Calling it again is harmless: what is fused stays fused, with the backend now given. state_dict keys, parameters,
     buffers and hooks are not touched, so optimizers and checkpoints go on as before. :func:`unfuse` undoes it.
+    The fused model takes what it took; blocks run fused in float32, bfloat16 and float16, and as they were in float64.
+    Raises ``TypeError`` for a ``model`` that is no nn.Module or a ``filter_fn`` that cannot be called, and
+    ``ValueError`` for an unknown ``backend``: before anything is changed.
     """
     _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
@@ -139,7 +142,10 @@ def fuse(
 
 
 def unfuse(model: M) -> M:
-    """Undo :func:`fuse`, in place: every module has its original class and forward again. Returns the model."""
+    """Undo :func:`fuse`, in place: every module has its original class and forward again. Returns the model.
+
+    Raises ``TypeError`` for what is no nn.Module. A model that is not fused stays as it is.
+    """
     _check_model(model)
     for module in model.modules():
         if state_of(module) is not None:
@@ -149,7 +155,10 @@ def unfuse(model: M) -> M:
 
 @contextlib.contextmanager
 def fused(model: M, **options: Any) -> Iterator[M]:
-    """``with fused(model): ...``: fused inside (options as for :func:`fuse`), and afterwards just as it was before."""
+    """``with fused(model): ...``: fused inside, and afterwards just as it was before.
+
+    Options and errors are those of :func:`fuse`.
+    """
     _check_model(model)
     before = {id(m) for m in model.modules() if state_of(m) is not None}
     fuse(model, **options)
@@ -166,7 +175,8 @@ def register_block(cls: type[nn.Module], adapter: Callable[[Any], BlockPlan | st
 
     ``adapter(block)`` gets an instance of exactly ``cls`` (subclasses may have another forward, and are not asked) and
     returns a :class:`~resnet_fast.plan.BlockPlan` that names the block's submodules in the order of its forward, or a
-    string: the reason why this one cannot be fused. Registering again replaces the adapter.
+    string: the reason why this one cannot be fused, or None: it is none of its blocks. Registering again replaces the
+    adapter. Raises ``TypeError`` for a ``cls`` that is no class of modules, or an ``adapter`` that cannot be called.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls: found {cls!r}, supported is a subclass of torch.nn.Module")
@@ -295,7 +305,9 @@ def explain(
         device: "cuda", of a model in eval mode: were it there. None: where it is.
 
     Returns rows with ``.name``, ``.kind``, ``.status`` ("fused", "partly", "not") and ``.reason``; prints as a table.
-    Every convolution and batch norm is accounted for: in a row of its own, or within its block's.
+    Every convolution and batch norm is accounted for: in a row of its own, or within its block's. Raises ``TypeError``
+    for what is no nn.Module, ``ValueError`` for an ``input_shape`` that is not four positive numbers or a ``device``
+    that cannot be asked about, ``RuntimeError`` where the forward fails on that shape.
     """
     _check_model(model)
     where = _device_to_explain(model, device)

@@ -1,5 +1,9 @@
 """Fused modules to build networks from: ConvBnAct2d, BasicBlock, Bottleneck, Stem.
 
+The blocks are those of He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", arXiv 1512.03385. All take
+x (N, C, H, W) in the dtype of their weights, or under autocast any, best channels-last: float32, bfloat16 and float16
+run fused, float64 does not. A wrong x gets torch's own errors. H / stride below is rounded up.
+
 Each can be built by itself or ``from_modules(...)``, which takes over existing modules (and so their parameters,
 buffers and hooks). The blocks' keys are torchvision's. They run the same plans as ``fuse()``'d models; where a guard
 fails (a hook on an inner module, say), they run their submodules one after the other.
@@ -77,11 +81,12 @@ class ConvBnAct2d(_Fused):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for nn.Conv2d, but that
-            ``padding`` None (the default) keeps H and W at stride 1, and ``bias`` is False.
+            ``padding`` None (the default) is dilation * (kernel_size // 2), which keeps H and W at stride 1 where
+            kernel_size is odd, and ``bias`` is False. Each one integer, for both directions.
         relu: whether a ReLU follows.
         eps, momentum: as for nn.BatchNorm2d.
 
-    (N, in_channels, H, W) -> (N, out_channels, P, Q).
+    (N, in_channels, H, W) -> (N, out_channels, P, Q). Raises ``ValueError`` for an argument that it does not support.
     """
 
     def __init__(
@@ -132,7 +137,10 @@ class ConvBnAct2d(_Fused):
 
     @classmethod
     def from_modules(cls, conv: nn.Conv2d, bn: nn.Module, relu: bool = True) -> ConvBnAct2d:
-        """Take over a convolution and its norm: their parameters, buffers and train/eval state."""
+        """Take over a convolution and its norm: their parameters, buffers and train/eval state.
+
+        Raises ``TypeError`` where ``conv`` is no nn.Conv2d.
+        """
         _expect("conv", conv, nn.Conv2d)
         _expect("bn", bn, nn.Module)
         self = cls.__new__(cls)
@@ -178,7 +186,10 @@ class _Residual(_Fused):
 
     @classmethod
     def from_modules(cls, *modules: nn.Module, downsample: nn.Module | None = None) -> Any:
-        """Take over ``conv1, bn1, conv2, bn2, ...`` in this order, and a shortcut: None (identity) or any module."""
+        """Take over ``conv1, bn1, conv2, bn2, ...`` in this order, and a shortcut: None (identity) or any module.
+
+        Raises ``TypeError`` for another number of modules, or one of another kind.
+        """
         self = cls.__new__(cls)
         _Fused.__init__(self)
         count = len(cls._layers)
@@ -214,7 +225,7 @@ class BasicBlock(_Residual):
         stride: of conv1 and of the shortcut.
 
     (N, in_channels, H, W) -> (N, channels, H / stride, W / stride). The shortcut is a projection where the shape
-    changes.
+    changes. Raises ``ValueError`` for an argument that is not an integer from 1 on.
     """
 
     expansion = 1
@@ -238,7 +249,8 @@ class Bottleneck(_Residual):
         stride: of the block.
         version: "v1.5" strides the 3x3 (torchvision's), "v1" the first 1x1 (the paper's).
 
-    (N, in_channels, H, W) -> (N, 4 * channels, H / stride, W / stride).
+    (N, in_channels, H, W) -> (N, 4 * channels, H / stride, W / stride). The shortcut is a projection where the shape
+    changes. Raises ``ValueError`` for another version, or an argument that is not an integer from 1 on.
     """
 
     expansion = 4
@@ -275,7 +287,8 @@ class Stem(_Fused):
         in_channels: 3 for images.
         channels: 64 in every ImageNet ResNet.
 
-    (N, in_channels, H, W) -> (N, channels, H / 4, W / 4).
+    (N, in_channels, H, W) -> (N, channels, H / 4, W / 4). Raises ``ValueError`` for an argument that is not an integer
+    from 1 on.
     """
 
     plan = BlockPlan("stem", (ConvBnPath("conv1", "bn1", True),), pool="maxpool")
@@ -288,7 +301,10 @@ class Stem(_Fused):
 
     @classmethod
     def from_modules(cls, conv1: nn.Conv2d, bn1: nn.Module, maxpool: nn.Module | None = None) -> Stem:
-        """Take over a stem's modules. Without ``maxpool`` there is no pooling (CIFAR stems)."""
+        """Take over a stem's modules. Without ``maxpool`` there is no pooling (CIFAR stems).
+
+        Raises ``TypeError`` where ``conv1`` is no nn.Conv2d.
+        """
         _expect("conv1", conv1, nn.Conv2d)
         _expect("bn1", bn1, nn.Module)
         self = cls.__new__(cls)

@@ -442,7 +442,8 @@ def warmup(
     with a :class:`TuningWarning`. On a CPU the ways are the CPU's. Interrupted by Ctrl-C, it keeps what was measured.
     For inference they are, of each block: one kernel for all of it, a fused kernel for each convolution, the library's
     convolutions with a pass behind each, plain torch; on a CPU, where weights are folded, there is nothing to measure.
-    Raises ``ValueError`` where there is nothing to measure.
+    Raises ``TypeError`` for what is no nn.Module, ``ValueError`` where there is nothing to measure and for a shape that
+    is not four positive numbers, ``RuntimeError`` where the forward fails on it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: found {type(model).__name__}, supported is torch.nn.Module")
