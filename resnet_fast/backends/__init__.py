@@ -1,4 +1,5 @@
-"""Backends: one module each, with functions named like the ops of ``resnet_fast.ops`` and ``why_not``.
+"""Backends: a module or package each, with functions named like the ops of ``resnet_fast.ops`` and ``why_not``.
 
-A backend imports torch and its own kernels, and nothing else of the package. ``dispatch`` imports it on first use.
+A backend imports torch, its own kernels, ``buffers`` and ``switches``, and nothing else of the package but what lies
+beside them for all to call: library.py, winograd.py, direct.py, own.py. ``dispatch`` imports it on first use.
 """
