@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.rounds import run_rounds
 from resnet_fast import functional, ops
+from resnet_fast.commands.judging import name_of
 from resnet_fast.dispatch import OPS, backend, prepare, reasons, use_backend
 from tests.cases import Case, inputs, resnet50
 
@@ -192,7 +193,7 @@ def _copy_bandwidth(traffic: int, device: str) -> float:
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(
     ("step", "layer"), [(step, layer) for step in STEPS for layer in LAYERS[step.rpartition("_")[0]]]
 )
@@ -201,7 +202,7 @@ def bench_op(benchmark: Any, device: str, step: str, layer: str, dtype: torch.dt
     torch._dynamo.reset()
     case = _case(layer, BATCH[device])
     made = STEPS[step](contender, case, dtype, device)
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = name_of(dtype)
     benchmark.group = f"{step} {dtype_name} {device} {layer}: N={case.N} K={case.K} P={case.P}"
     frozen = step == "conv_inference"
     rounds = run_rounds(made.call, device, seconds=0.3, benchmark=benchmark, inference=frozen)
@@ -241,7 +242,7 @@ def _same_memory(op: str, kwargs: dict[str, Any]) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("memory", ["same", "fresh"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(
     ("op", "variant", "layer"),
     [(op, variant, layer) for layer in KERNEL_LAYERS for op, variant in KERNELS]
@@ -269,7 +270,7 @@ def bench_kernel(
                 return OPS[op](**kwargs)
 
     del outputs
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = name_of(dtype)
     benchmark.group = f"{op} {variant} {dtype_name} {device} {layer}: N={case.N} K={case.K} P={case.P}"
     rounds = run_rounds(call, device, seconds=0.15, benchmark=benchmark)
     info = benchmark.extra_info

@@ -44,11 +44,6 @@ class Settings(NamedTuple):
         return 0.005 if self.tiny else 0.1 if self.device.type == "cpu" else 0.05
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """float32, bfloat16, ..."""
-    return str(dtype).removeprefix("torch.")
-
-
 def sync(device: torch.device) -> None:
     """Wait for the device, and let an error of it come up here."""
     if device.type == "cuda":

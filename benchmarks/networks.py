@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import fusions
-from benchmarks.items import Item, Record, Settings, free, name_of
+from benchmarks.items import Item, Record, Settings, free
 from resnet_fast.commands import equality, sources, timing
+from resnet_fast.commands.judging import name_of
 from resnet_fast.commands.progress import Progress
 from resnet_fast.commands.steps import tensors
 from resnet_fast.dispatch import forget

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import roofline
-from benchmarks.items import Item, Record, Settings, name_of, times
+from benchmarks.items import Item, Record, Settings, times
 from benchmarks.rounds import Timer
+from resnet_fast.commands.judging import name_of
 from resnet_fast.dispatch import BACKENDS, OPS, reasons, use_backend
 from tests.cases import TINY, Case, inputs, resnet50
 

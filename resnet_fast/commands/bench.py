@@ -16,7 +16,7 @@ from resnet_fast.fuse import Explanation
 
 from . import CommandError, arguments, equality, machine, plots, sources, tables, timing
 from .engines import ENGINES
-from .judging import Check
+from .judging import Check, name_of
 from .progress import Progress
 from .steps import in_layout
 
@@ -122,7 +122,7 @@ def _checks(source: sources.Source, x: Tensor, options: _Options, progress: Prog
     found: list[Check] = []
     x = x[:_CHECKED]
     for dtype in options.dtypes:
-        name = str(dtype).removeprefix("torch.")
+        name = name_of(dtype)
         with progress(f"checking equality in {name}, eval mode, against float64"):
             found += equality.eval_checks(source.model, x, options.device, dtype)
         if options.mode == "training":

@@ -23,6 +23,7 @@ import resnet_fast
 from resnet_fast import buffers
 
 from .engines import ENGINES, Engine
+from .judging import name_of
 from .progress import Progress
 from .steps import LOSS_SCALE, autocast, in_layout, loss, tensors
 
@@ -72,7 +73,7 @@ class Setting(NamedTuple):
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return name_of(self.dtype)
 
 
 class Contender(NamedTuple):

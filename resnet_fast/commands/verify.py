@@ -16,7 +16,7 @@ import resnet_fast
 from resnet_fast.guards import any_size
 
 from . import CommandError, adversarial, arguments, curves, equality, machine, plots, tables, units
-from .judging import Check
+from .judging import Check, name_of
 from .progress import Progress, bar
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "SECTIONS", "add_arguments", "run"]
@@ -129,7 +129,7 @@ class _Options:
 def _network(model: nn.Module, x: Tensor, options: _Options, progress: Progress) -> Section:
     checks = []
     for i, dtype in enumerate(options.dtypes):
-        name = str(dtype).removeprefix("torch.")
+        name = name_of(dtype)
         with progress(f"{bar(i, len(options.dtypes))} network: {name}, eval and train mode against float64"):
             checks += equality.eval_checks(model, x[:_IMAGES], options.device, dtype)
             checks += equality.train_checks(model, x[:_IMAGES], options.device, dtype)
@@ -139,7 +139,7 @@ def _network(model: nn.Module, x: Tensor, options: _Options, progress: Progress)
 def _determinism(model: nn.Module, x: Tensor, options: _Options, progress: Progress) -> Section:
     checks = []
     for i, dtype in enumerate(options.dtypes):
-        with progress(f"{bar(i, len(options.dtypes))} determinism: two runs in {str(dtype).removeprefix('torch.')}"):
+        with progress(f"{bar(i, len(options.dtypes))} determinism: two runs in {name_of(dtype)}"):
             checks += equality.determinism_checks(model, x[:_IMAGES], options.device, dtype)
     return Section("determinism", checks, [])
 
