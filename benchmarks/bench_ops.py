@@ -238,6 +238,7 @@ def _same_memory(op: str, kwargs: dict[str, Any]) -> Callable[[], Any]:
 
     with mock.patch.object(row, "launch", record), use_backend("native"):
         OPS[op](**kwargs)
+    assert launches, f"{op}: nothing was launched"
     return lambda: [again() for again in launches]
 
 
