@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks import fusions
 from benchmarks.items import Item, Record, Settings, free
 from resnet_fast.commands import equality, sources, timing
+from resnet_fast.commands.engines import ENGINES
 from resnet_fast.commands.judging import name_of
 from resnet_fast.commands.progress import Progress
 from resnet_fast.commands.steps import tensors
@@ -38,6 +39,8 @@ _GRAPHS = tuple(f"{name}{timing.GRAPH}" for name in _PLAIN)
 GROUPS = {
     "eager": (*_PLAIN, *_GRAPHS),
     "plain": _PLAIN,
+    "compiled": ("channels_last", "compile", "resnet_fast"),
+    "engines": ("channels_last", "compile", *ENGINES, "resnet_fast"),
     "compile": ("channels_last", "compile", f"compile{timing.GRAPH}", "resnet_fast"),
     "triton": ("channels_last", "resnet_fast", "resnet_fast:triton", f"resnet_fast:triton{timing.GRAPH}"),
     "max-autotune": ("channels_last", "compile_max", f"compile_max{timing.GRAPH}", "resnet_fast"),
@@ -55,7 +58,8 @@ def _networks(settings: Settings, mode: str) -> list[Network]:
     if settings.tiny:
         return [Network("cifar_resnet20", 2, first, "plain")]
     if settings.device.type == "cpu":
-        return [Network("resnet50", n, first, "plain") for n in ((1, 4) if mode == "training" else (1, 4, 16))]
+        groups = ("plain", "compiled" if mode == "training" else "engines")  # what a short run has time for, first
+        return [Network("resnet50", n, first, group) for group in groups for n in (1, 4, 16)]
     half = 2 if mode == "training" else 1
     found = [Network("resnet50", 256 // half, first, group) for group in ("eager", "compile", "triton")]
     found += [Network("resnet50", batch // half, first, "eager") for batch in (64, 512, 16)]
