@@ -25,6 +25,7 @@ from .watch import Watch
 __all__ = [
     "DTYPES",
     "POOL",
+    "Decision",
     "Seen",
     "any_size",
     "block_signature",
@@ -33,6 +34,7 @@ __all__ = [
     "check_input",
     "check_summand",
     "collect",
+    "decide",
     "faster_unfused",
     "global_hook",
     "is_usual",
@@ -279,6 +281,42 @@ def faster_unfused(x: Tensor, signature: Signature | None, macs: float | None) -
     if signature is not None and signature in known:
         return known[signature]
     return _too_small(x, macs)
+
+
+class Decision(NamedTuple):
+    """That blocks train faster as they were on inputs like one, and how to know that it would be found again.
+
+    Of their original path, which is always right, nothing else need be known.
+    """
+
+    watch: Watch
+    weights: list[Tensor]
+    trained: list[bool]
+    situation: tuple[Any, ...]
+    reason: str
+
+    def holds(self, x: Any) -> bool:
+        """Whether ``x`` is such an input and the blocks are as they were."""
+        return (
+            type(x) is Tensor
+            and self.situation == _size_situation(x)
+            and self.trained == [w.requires_grad for w in self.weights]
+            and self.watch.unchanged()
+        )
+
+
+def _size_situation(x: Tensor) -> tuple[Any, ...]:
+    """What, besides a block, decides whether it is too small to train fused, or was measured to be."""
+    device = x.device
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    threads, recorded = torch.get_num_threads(), torch.is_grad_enabled()
+    known = measured_blocks(device)  # replaced as a whole where rows are added
+    return x.shape, x.dtype, device, x.requires_grad, recorded, autocast, threads, _worth, forced_backend(), known
+
+
+def decide(x: Tensor, watch: Watch, weights: list[Tensor], reason: str) -> Decision:
+    """``reason`` of ``faster_unfused``, to be kept, of the blocks with these ``weights`` under ``watch``."""
+    return Decision(watch, weights, [w.requires_grad for w in weights], _size_situation(x), reason)
 
 
 def why_not_now(module: nn.Module, plan: BlockPlan | Join) -> str | None:
