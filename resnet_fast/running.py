@@ -128,7 +128,7 @@ def _run(
             signature = None
             if measured_blocks(x.device):
                 signature = block_signature(x, layers, projection, plan, pools(module, plan, layers))
-            reason = faster_unfused(x, signature, seen.macs)
+            reason = faster_unfused(x, signature, seen.work)
             if reason is not None:
                 cache.decision = decide(x, seen.watch, [la.weight for la in every], reason)
                 raise Slower(reason)
