@@ -205,9 +205,9 @@ def block_signature(
 #: Multiply-adds of a forward, for each thread, below which a block trains unfused on a CPU: there Python adds more than
 #: fusing saves (docs/conv.md, entry 24). Blocks that were measured or are pinned to a backend do as they were told.
 _worth = float(os.environ.get("RESNET_FAST_MIN_MACS", 50e6))
-#: Output channels below which in all layers it takes ``_NARROW`` times as many: no convolution of ours gains on the
-#: library's there (docs/conv.md, entry 40).
-_WIDE, _NARROW = 32, 6.0
+#: How many times as many it takes where no layer has 32 output channels, and no convolution of ours gains on the
+#: library's; in a block where none has more than 64; where the shortcut runs as it is (docs/conv.md, entry 43).
+_NARROW, _MEDIUM, _OPAQUE = 6.0, 2.2, 5.0
 
 
 @contextlib.contextmanager
@@ -252,7 +252,9 @@ def work_of(module: nn.Module, plan: BlockPlan, layers: list[f.ConvBn], projecti
         macs += layer.weight.numel() * outputs
     if projection is not None:
         macs += projection.weight.numel() / (projection.stride[0] * projection.stride[1])
-    return Work(macs, 1.0 if max(layer.weight.shape[0] for layer in layers) >= _WIDE else _NARROW)
+    widest = max(layer.weight.shape[0] for layer in layers)
+    least = _NARROW if widest < 32 else _MEDIUM if widest <= 64 and len(layers) > 1 else 1.0
+    return Work(macs, max(least, _OPAQUE) if isinstance(plan.shortcut, Opaque) else least)
 
 
 class Seen(NamedTuple):

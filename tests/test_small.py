@@ -115,14 +115,14 @@ def test_a_synchronised_norm_has_no_other_way(block: BasicBlock) -> None:
 
 
 def test_narrow_blocks_need_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "_worth", 4 * MACS / torch.get_num_threads())
+    monkeypatch.setattr(guards, "_worth", 4 * MACS / guards._MEDIUM / torch.get_num_threads())
     wide = resnet_fast.fuse(BasicBlock(32, 32).to(memory_format=torch.channels_last))
     step(wide, torch.randn(2, 32, 8, 8))  # 4 * MACS
     assert ran_fused(wide)
     narrow = resnet_fast.fuse(BasicBlock(16, 16).to(memory_format=torch.channels_last))
     step(narrow, torch.randn(8, *X[1:]))
     assert not ran_fused(narrow)
-    step(narrow, torch.randn(int(4 * guards._NARROW) + 1, 16, 16, 8))
+    step(narrow, torch.randn(int(4 * guards._NARROW / guards._MEDIUM) + 1, *X[1:]).repeat(2, 1, 1, 1))
     assert ran_fused(narrow)
 
 

@@ -23,7 +23,7 @@ _CHANNELS = 16
 #: library's, the network as long as with it (docs/conv.md, entry 36).
 _PIXELS = 3200
 #: The same with fewer than 32 output channels: sums of one vector, and as many patches to gather for them
-#: (docs/conv.md, entry 39).
+#: (docs/conv.md, entry 42).
 _NARROW_PIXELS = 1200
 
 
