@@ -207,7 +207,7 @@ def block_signature(
 _worth = float(os.environ.get("RESNET_FAST_MIN_MACS", 50e6))
 #: How many times as many it takes where no layer has 32 output channels, and no convolution of ours gains on the
 #: library's; in a block where none has more than 64; where the shortcut runs as it is (docs/conv.md, entry 43).
-_NARROW, _MEDIUM, _OPAQUE = 6.0, 2.2, 5.0
+_NARROW, _MEDIUM, _OPAQUE = 6.0, 3.2, 5.0
 
 
 @contextlib.contextmanager
