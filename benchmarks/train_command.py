@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: By name: options of ``resnet-fast train``, batch, height and width.
 RUNS: dict[str, tuple[list[str], int, int]] = {
     "resnet50": (["--data", "synthetic", "--model", "resnet50", "--samples", "64", "--iterations", "4"], 16, 224),
-    "cifar_resnet20": (["--data", "digits", "--model", "cifar_resnet20", "--iterations", "60"], 32, 8),
+    "cifar_resnet20": (["--data", "digits", "--model", "cifar_resnet20", "--iterations", "240"], 32, 8),
     "cifar_resnet56": (["--data", "synthetic", "--model", "cifar_resnet56", "--iterations", "6"], 128, 32),
 }
 WAYS = {"eager": ["--no-fuse"], "channels_last": ["--no-fuse", "--channels-last"], "resnet_fast": ["--fuse"]}
@@ -47,7 +47,7 @@ def main() -> int:
     """Exit status 0; 1 where fused and plain training differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_command", description=__doc__)
     parser.add_argument("name", choices=RUNS)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--amp", default="off", choices=("off", "bf16"))
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/train-NAME.json)")
     args = parser.parse_args()

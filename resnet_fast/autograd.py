@@ -271,7 +271,7 @@ def forward_block(
 
 
 def _conv_backward(
-    g: Tensor, *args: Any, residual: Tensor | None, disposable: bool, **lazy: Any
+    run: Any, g: Tensor, *args: Any, residual: Tensor | None, disposable: bool, **lazy: Any
 ) -> tuple[Tensor, Tensor]:
     """``ops.conv_backward``. ``residual``, and ``g`` if ``disposable``, may be written over where the backend can."""
     if (residual is not None or disposable) and not torch.compiler.is_compiling():
@@ -279,14 +279,16 @@ def _conv_backward(
         into = hook("conv_backward", "into", g.device, g.dtype, choice)
         if into is not None:
             return into(g, *args, **lazy, residual=residual, disposable=disposable)
-    return ops.conv_backward(g, *args, **lazy, residual=residual)
+    return run.conv_backward(g, *args, **lazy, residual=residual)
 
 
 class _Backward:
     """The backward pass of one block: the state that its layers share."""
 
-    def __init__(self, static: Static, x: Tensor, layers: list[_Layer], needs: Sequence[Sequence[bool]]) -> None:
-        self.static, self.x, self.layers, self.needs = static, x, layers, needs
+    def __init__(
+        self, static: Static, x: Tensor, layers: list[_Layer], needs: Sequence[Sequence[bool]], run: Any
+    ) -> None:
+        self.static, self.x, self.layers, self.needs, self.run = static, x, layers, needs, run
         self.grads: list[Tensor | None] = [None] * (_PER_LAYER * len(layers))
 
     def mask(self, i: int) -> tuple[Tensor, Tensor] | tuple[()]:
@@ -307,13 +309,13 @@ class _Backward:
             return a, zero, zero
         sum_g, sum_gy = sums
         if layer.total is None:
-            b, c, dgamma = ops.bn_backward_finalize(sum_g, sum_gy, layer.rstd, a, float(_values(layer.y)))
+            b, c, dgamma = self.run.bn_backward_finalize(sum_g, sum_gy, layer.rstd, a, float(_values(layer.y)))
         else:
             # gamma's and beta's gradients are this rank's: whoever averages gradients over ranks averages them too.
             every = torch.stack((sum_g, sum_gy))
             dist.all_reduce(every, group=self.static.group[i])
             every /= layer.total.clamp(min=1)
-            b, c, _ = ops.bn_backward_finalize(every[0], every[1], layer.rstd, a, 1.0)
+            b, c, _ = self.run.bn_backward_finalize(every[0], every[1], layer.rstd, a, 1.0)
             dgamma = sum_gy * layer.rstd
         if not self.static.batch_stats[i]:
             b = c = torch.zeros_like(a)
@@ -341,7 +343,7 @@ class _Backward:
         layer, needs_w = self.layers[i], self.needs[i][0]
         lazy: tuple[Tensor, ...] = (layer.y, layer.mean, *self.coefficients(i, sums))
         if index is not None:
-            dz, lazy = ops.maxpool_backward_apply(dz, index, *lazy), ()
+            dz, lazy = self.run.maxpool_backward_apply(dz, index, *lazy), ()
         gradient = dict(zip(("y", "mean", "a", "b", "c", "gscale", "gshift"), (*lazy, *mask), strict=False))
         if not (needs_x or needs_w):
             return dz.new_empty(0), (), None
@@ -359,13 +361,15 @@ class _Backward:
             if needs_w:
                 self.grads[_PER_LAYER * i] = dw
             return dx, (), (both[0], both[1])
-        operand = previous.operand(relu) if needs_w else (previous.y, None, None)  # else its size alone is needed
+        operand = (
+            previous.operand(relu, self.run) if needs_w else (previous.y, None, None)
+        )  # else its size alone is needed
         dx = self._convolution(i, dz, gradient, operand, needs_x, residual)
         if not needs_x:
             return dx, (), None
         mask, sums = self.mask(before), None
         if self.needs_sums(before):
-            sums = ops.bn_backward_sums(dx, previous.y, previous.mean, *mask)
+            sums = self.run.bn_backward_sums(dx, previous.y, previous.mean, *mask)
         return dx, mask, sums
 
     def _convolution(
@@ -381,6 +385,7 @@ class _Backward:
         x, scale, shift = operand
         w, needs_w = self.layers[i].w, self.needs[i][0]
         dx, dw = _conv_backward(
+            self.run,
             dz,
             x,
             w,
@@ -438,7 +443,8 @@ class Block(torch.autograd.Function):
         needs_x, needs_residual = ctx.needs_input_grad[1:3]
         flags = ctx.needs_input_grad[3:]
         needs = [flags[i : i + 3] for i in range(0, len(flags), _PER_LAYER)]  # of weight, gamma, beta
-        block = _Backward(static, x, layers, needs)
+        run = (None if torch.compiler.is_compiling() else direct(x, (dz, *saved))) or ops
+        block = _Backward(static, x, layers, needs, run)
         end = static.end
         side = layers[-1] if static.projection else None
 
@@ -451,9 +457,9 @@ class Block(torch.autograd.Function):
         if static.pool:
             g, index = dz.contiguous(memory_format=torch.channels_last), kept
             if block.needs_sums(end):
-                sums = ops.maxpool_backward_sums(g, index, last.y, last.mean)
+                sums = run.maxpool_backward_sums(g, index, last.y, last.mean)
         elif kept is not None:
-            g, sum_g, sum_gy, sum_gr = ops.affine_act_backward(
+            g, sum_g, sum_gy, sum_gr = run.affine_act_backward(
                 dz, kept, last.y, last.mean, side.y if side else None, side.mean if side else None
             )
             sums = (sum_g, sum_gy) if block.needs_sums(end) else None
@@ -461,9 +467,9 @@ class Block(torch.autograd.Function):
         else:
             g, mask = dz.contiguous(memory_format=torch.channels_last), block.mask(end)
             if block.needs_sums(end):
-                sums = ops.bn_backward_sums(g, last.y, last.mean, *mask)
+                sums = run.bn_backward_sums(g, last.y, last.mean, *mask)
             if side and block.needs_sums(end + 1):
-                side_sums = ops.bn_backward_sums(g, side.y, side.mean)
+                side_sums = run.bn_backward_sums(g, side.y, side.mean)
 
         dx: Tensor | None = None
         dz = g

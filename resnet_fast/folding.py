@@ -157,6 +157,7 @@ class FoldCache:
     def __init__(self) -> None:
         self._entry: _Entry | None = None  # replaced whole, so that threads may share the cache
         self.seen: Any = None  # the caller's own: what its last look at the block found
+        self.decision: Any = None  # likewise: that the block is better run as it was
 
     @property
     def is_folded(self) -> bool:

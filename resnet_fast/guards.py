@@ -25,7 +25,9 @@ from .watch import Watch
 __all__ = [
     "DTYPES",
     "POOL",
+    "Decision",
     "Seen",
+    "Work",
     "any_size",
     "block_signature",
     "check_context",
@@ -33,17 +35,18 @@ __all__ = [
     "check_input",
     "check_summand",
     "collect",
+    "decide",
     "faster_unfused",
     "global_hook",
     "is_usual",
     "look",
-    "multiply_adds",
     "needs_grad",
     "pool_of",
     "pools",
     "relu_of",
     "transformed",
     "why_not_now",
+    "work_of",
 ]
 
 
@@ -202,6 +205,9 @@ def block_signature(
 #: Multiply-adds of a forward, for each thread, below which a block trains unfused on a CPU: there Python adds more than
 #: fusing saves (docs/conv.md, entry 24). Blocks that were measured or are pinned to a backend do as they were told.
 _worth = float(os.environ.get("RESNET_FAST_MIN_MACS", 50e6))
+#: How many times as many it takes where no layer has 32 output channels, and no convolution of ours gains on the
+#: library's; in a block where none has more than 64; where the shortcut runs as it is (docs/conv.md, entry 43).
+_NARROW, _MEDIUM, _OPAQUE = 6.0, 3.2, 5.0
 
 
 @contextlib.contextmanager
@@ -215,23 +221,28 @@ def any_size() -> Iterator[None]:
         _worth = before
 
 
-def _too_small(x: Tensor, macs: float | None) -> str | None:
-    """Why the block trains unfused on the CPU, if it does. ``macs``: see ``multiply_adds``."""
-    if macs is None or x.device.type != "cpu" or forced_backend() is not None:
+class Work(NamedTuple):
+    """Multiply-adds of a block's forward, for each pixel of its input. ``least``: how many times as many it takes."""
+
+    macs: float
+    least: float = 1.0
+
+
+def _too_small(x: Tensor, work: Work | None) -> str | None:
+    """Why the block trains unfused on the CPU, if it does. ``work``: see ``work_of``."""
+    if work is None or x.device.type != "cpu" or forced_backend() is not None:
         return None
-    work, worth = macs * x.shape[0] * x.shape[2] * x.shape[3], _worth * torch.get_num_threads()
-    if work >= worth:
+    macs, worth = work.macs * x.shape[0] * x.shape[2] * x.shape[3], work.least * _worth * torch.get_num_threads()
+    if macs >= worth:
         return None
     return (
-        f"{work / 1e6:.3g} million multiply-adds for {tuple(x.shape)}: fusing pays in training from {worth / 1e6:.0f} "
+        f"{macs / 1e6:.3g} million multiply-adds for {tuple(x.shape)}: fusing pays in training from {worth / 1e6:.0f} "
         "on this CPU; remedy where it pays earlier: resnet_fast.warmup, or RESNET_FAST_MIN_MACS=0 in the environment"
     )
 
 
-def multiply_adds(
-    module: nn.Module, plan: BlockPlan, layers: list[f.ConvBn], projection: f.ConvBn | None
-) -> float | None:
-    """Of a forward, for each pixel of its input; None where the original cannot train on a CPU (SyncBatchNorm)."""
+def work_of(module: nn.Module, plan: BlockPlan, layers: list[f.ConvBn], projection: f.ConvBn | None) -> Work | None:
+    """What a forward takes; None where the original cannot train on a CPU (SyncBatchNorm)."""
     paths = [*plan.layers, *([plan.shortcut] if isinstance(plan.shortcut, ConvBnPath) else [])]
     if any(isinstance(find(module, path.bn), nn.SyncBatchNorm) for path in paths):
         return None
@@ -241,7 +252,9 @@ def multiply_adds(
         macs += layer.weight.numel() * outputs
     if projection is not None:
         macs += projection.weight.numel() / (projection.stride[0] * projection.stride[1])
-    return macs
+    widest = max(layer.weight.shape[0] for layer in layers)
+    least = _NARROW if widest < 32 else _MEDIUM if widest <= 64 and len(layers) > 1 else 1.0
+    return Work(macs, max(least, _OPAQUE) if isinstance(plan.shortcut, Opaque) else least)
 
 
 class Seen(NamedTuple):
@@ -250,7 +263,7 @@ class Seen(NamedTuple):
     watch: Watch
     key: tuple[Any, ...]
     found: tuple[list[f.ConvBn], f.ConvBn | None]
-    macs: float | None
+    work: Work | None
     prepared: f.Prepared | None  # for training; None where every call must look for itself
 
 
@@ -269,16 +282,52 @@ def look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> Seen:
     prepared = None
     if alone and (pool is None or (known and found[0][-1].relu)):
         prepared = f.prepare(*found, identity=plan.shortcut == "identity", pool=pool is not None)
-    seen = cache.seen = Seen(watch, key, found, multiply_adds(module, plan, *found), prepared)
+    seen = cache.seen = Seen(watch, key, found, work_of(module, plan, *found), prepared)
     return seen
 
 
-def faster_unfused(x: Tensor, signature: Signature | None, macs: float | None) -> str | None:
-    """Why a block trains faster as it was: measured, or on a CPU too small. ``macs``: see ``multiply_adds``."""
+def faster_unfused(x: Tensor, signature: Signature | None, work: Work | None) -> str | None:
+    """Why a block trains faster as it was: measured, or on a CPU too small. ``work``: see ``work_of``."""
     known = measured_blocks(x.device)
     if signature is not None and signature in known:
         return known[signature]
-    return _too_small(x, macs)
+    return _too_small(x, work)
+
+
+class Decision(NamedTuple):
+    """That blocks train faster as they were on inputs like one, and how to know that it would be found again.
+
+    Of their original path, which is always right, nothing else need be known.
+    """
+
+    watch: Watch
+    weights: list[Tensor]
+    trained: list[bool]
+    situation: tuple[Any, ...]
+    reason: str
+
+    def holds(self, x: Any) -> bool:
+        """Whether ``x`` is such an input and the blocks are as they were."""
+        return (
+            type(x) is Tensor
+            and self.situation == _size_situation(x)
+            and self.trained == [w.requires_grad for w in self.weights]
+            and self.watch.unchanged()
+        )
+
+
+def _size_situation(x: Tensor) -> tuple[Any, ...]:
+    """What, besides a block, decides whether it is too small to train fused, or was measured to be."""
+    device = x.device
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    threads, recorded = torch.get_num_threads(), torch.is_grad_enabled()
+    known = measured_blocks(device)  # replaced as a whole where rows are added
+    return x.shape, x.dtype, device, x.requires_grad, recorded, autocast, threads, _worth, forced_backend(), known
+
+
+def decide(x: Tensor, watch: Watch, weights: list[Tensor], reason: str) -> Decision:
+    """``reason`` of ``faster_unfused``, to be kept, of the blocks with these ``weights`` under ``watch``."""
+    return Decision(watch, weights, [w.requires_grad for w in weights], _size_situation(x), reason)
 
 
 def why_not_now(module: nn.Module, plan: BlockPlan | Join) -> str | None:

@@ -19,7 +19,7 @@ from . import functional as f
 from . import ops
 from .autograd import layer_tensors, scale_shift, update_running
 from .dispatch import forced_backend, use_backend
-from .guards import DTYPES, check_context, faster_unfused, relu_of
+from .guards import DTYPES, Work, check_context, faster_unfused, relu_of
 from .plan import NormAct, Refusal, check_idle, check_plain, find, norm_of
 
 __all__ = ["refusal", "run", "run_unfused"]
@@ -139,7 +139,7 @@ def run(module: nn.Module, plan: NormAct, x: Any, backend: str | None = None) ->
     if not batch_stats and x.device.type == "cpu" and not torch.is_grad_enabled() and forced_backend() is None:
         return _as_torch(x, layer, relu)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma, beta))
-    if needs_grad and faster_unfused(x, None, _MACS * x.shape[1]):
+    if needs_grad and faster_unfused(x, None, Work(_MACS * x.shape[1])):
         raise Refusal(f"{tuple(x.shape)} is too small to gain in training on this CPU")
     x = f.to_channels_last(x)
     _, *tensors = layer_tensors(layer)

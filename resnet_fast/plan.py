@@ -25,6 +25,7 @@ __all__ = [
     "Opaque",
     "Part",
     "Refusal",
+    "Slower",
     "check_idle",
     "check_plain",
     "find",
@@ -36,6 +37,10 @@ __all__ = [
 
 class Refusal(Exception):
     """Why a block cannot run fused, now or ever; the message is what explain() shows."""
+
+
+class Slower(Refusal):
+    """The block could run fused, and its original is the faster on such an input: measured, or for its size."""
 
 
 class Norm(NamedTuple):

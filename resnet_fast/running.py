@@ -20,6 +20,7 @@ from .guards import (
     check_given,
     check_input,
     check_summand,
+    decide,
     faster_unfused,
     global_hook,
     is_usual,
@@ -31,7 +32,7 @@ from .guards import (
     transformed,
 )
 from .inference import fused_block
-from .plan import BlockPlan, ConvBnPath, Join, Opaque, Refusal, find
+from .plan import BlockPlan, ConvBnPath, Join, Opaque, Refusal, Slower, find
 from .watch import Watch
 
 __all__ = [
@@ -82,6 +83,9 @@ def run(
 
     Raises Refusal, before anything was changed, where the original must run.
     """
+    decision = cache.decision
+    if decision is not None and backend is None and decision.holds(x):
+        raise Slower(decision.reason)
     check_context()
     if backend is None:
         return _run(module, plan, x, cache, handed, residual)
@@ -124,9 +128,10 @@ def _run(
             signature = None
             if measured_blocks(x.device):
                 signature = block_signature(x, layers, projection, plan, pools(module, plan, layers))
-            reason = faster_unfused(x, signature, seen.macs)
+            reason = faster_unfused(x, signature, seen.work)
             if reason is not None:
-                raise Refusal(reason)
+                cache.decision = decide(x, seen.watch, [la.weight for la in every], reason)
+                raise Slower(reason)
             if usual:
                 z = f.run_prepared(x, seen.prepared)  # type: ignore[arg-type]
                 if z is not None:

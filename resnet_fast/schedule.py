@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import dispatch, inference, tables
 from . import functional as f
 from .dispatch import OPS, PARTS, SIGNATURES
-from .guards import block_signature, collect, faster_unfused, multiply_adds, pools
+from .guards import Work, block_signature, collect, faster_unfused, pools, work_of
 from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, find
 from .tables import Candidate, Row, Signature
 
@@ -47,7 +47,7 @@ class Part(NamedTuple):
     projection: f.ConvBn | None
     x: Tensor  # fake
     pool: bool
-    macs: float | None  # of a forward, for each pixel of x
+    work: Work | None  # of a forward
     signature: Signature | None
     calls: list[Call]
 
@@ -219,8 +219,8 @@ def parts(module: nn.Module, plan: BlockPlan, seen: Inputs, fuses: Fuses = fuses
             continue
         pool = pools(module, plan, layers)
         signature = block_signature(x, layers, projection, plan, pool)
-        macs = multiply_adds(module, plan, layers, projection)
-        yield Part(plan, layers, projection, x, pool, macs, signature, _calls(layers, projection, plan, x, pool, fuses))
+        work = work_of(module, plan, layers, projection)
+        yield Part(plan, layers, projection, x, pool, work, signature, _calls(layers, projection, plan, x, pool, fuses))
 
 
 # ---- what runs, and why
@@ -279,7 +279,7 @@ def _block_step(part: Part, device: torch.device) -> Step | None:
     """Whether the block runs fused at all, where that was measured or it is too small."""
     row = dispatch.table(device).rows.get(part.signature) if part.signature else None
     if row is None:
-        reason = faster_unfused(part.x, None, part.macs)
+        reason = faster_unfused(part.x, None, part.work)
         return None if reason is None else Step("", "block", "original", reason)
     best, other = row.candidates[:2]
     reason = f"measured: {other.seconds / best.seconds:.2f}x {other.backend} on {tables.device_name(device)}"

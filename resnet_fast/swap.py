@@ -9,20 +9,23 @@ forward where one fails.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import copyreg
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import norm_act
 from .folding import FoldCache, Program
-from .plan import BlockPlan, HostPlan, Join, NormAct, Refusal
+from .guards import Decision, decide
+from .plan import BlockPlan, HostPlan, Join, NormAct, Refusal, Slower
 from .running import Handed, narrow, program, run, run_join, run_program, run_unfused, stage_situation
+from .watch import Watch
 
 __all__ = [
     "KEY",
@@ -49,10 +52,11 @@ class State:
     """What a fused module carries: its plan, its backend, and the folded weights of each part."""
 
     def __init__(self, plan: BlockPlan | HostPlan, backend: str | None) -> None:
-        self.plan, self.backend = plan, backend
+        self.plan, self.backend, self.method = plan, backend, _method(plan)
         self.caches = [FoldCache() for _ in parts(plan)]
         self.refusal: str | None = None  # why the last call ran the original forward, for explain()
         self.program: Program | None = None  # of a stage
+        self.rest: Rest | None = None  # of a host or stage
 
 
 def parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan | Join | NormAct, ...]:
@@ -60,16 +64,73 @@ def parts(plan: BlockPlan | HostPlan) -> tuple[BlockPlan | Join | NormAct, ...]:
     return plan.parts if isinstance(plan, HostPlan) else (plan,)
 
 
+class Rest(NamedTuple):
+    """That every block of a host or stage trains faster as it was, on inputs like one: none of them is asked then.
+
+    ``refusals``: of the modules inside that are fused, and of the host, as explain() wants to know of them.
+    """
+
+    decision: Decision
+    states: frozenset[State]
+    refusals: list[tuple[State, str | None]]
+
+    def run(self, forward: Callable[..., Any], host: nn.Module, x: Tensor) -> Any:
+        """The original ``forward`` of ``host``, and of all that is at rest inside."""
+        for state, refusal in self.refusals:
+            state.refusal = refusal
+        token = _resting.set(self.states)
+        try:
+            return forward(host, x)
+        finally:
+            _resting.reset(token)
+
+
+#: Modules whose original forwards run with no more ado: what is inside of a host that is at rest.
+_resting: contextvars.ContextVar[frozenset[State]] = contextvars.ContextVar("resnet_fast_resting", default=frozenset())
+
+
+class _Busy:
+    """Counts what ran fused, or may do so the next time, in any thread."""
+
+    calls = 0
+
+
+def _rest(host: nn.Module, x: Any, busy: int) -> Rest | None:
+    """What is to be known of ``host``, which has just been called with ``x``. ``busy``: the count before."""
+    if _Busy.calls != busy or type(x) is not Tensor:
+        return None
+    refusals, paths, weights = [], [], []
+    for name, module in host.named_modules():
+        state = state_of(module)
+        if state is None:
+            continue
+        decided = [(c.decision, p) for c, p in zip(state.caches, parts(state.plan), strict=True) if c.decision]
+        if decided or state.plan is STAGE:
+            refusals.append((state, state.refusal))
+        for decision, part in decided:
+            paths += [f"{name}.{path}" if name else path for path in part.paths]
+            weights += decision.weights
+    if not weights:
+        return None
+    decision = decide(x, Watch(host, paths, attributes=False), weights, "")
+    return Rest(decision, frozenset(state for state, _ in refusals), refusals)
+
+
 def _forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
     """The replaced method of every fused module: the plan's forward, or the original's where a guard fails."""
     if torch.compiler.is_compiling():  # the compiler fuses in its own way, and wants the original to read
-        method = _method(self.__dict__[KEY].plan)
-        return getattr(type(self)._resnet_fast_original, method)(self, *args, **kwargs)
+        return getattr(type(self)._resnet_fast_original, self.__dict__[KEY].method)(self, *args, **kwargs)
     state: State = self.__dict__[KEY]
     plan = state.plan
+    if state in _resting.get():
+        return getattr(type(self)._resnet_fast_original, state.method)(self, *args, **kwargs)
     refusal = None
     x: Any = args[0] if args else None
     handed = _taken(x)
+    rest = state.rest
+    if rest is not None and len(args) == 1 and not kwargs and handed.dtype is None and rest.decision.holds(x):
+        return rest.run(getattr(type(self)._resnet_fast_original, state.method), self, x)
+    busy = _Busy.calls
     try:
         if not args:
             raise Refusal("called with keywords alone; remedy: give x by position")
@@ -77,19 +138,24 @@ def _forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
             raise Refusal("called with further arguments")
         if isinstance(plan, BlockPlan):
             z, on = run(self, plan, x, state.caches[0], state.backend, handed)
+            _Busy.calls += 1
             return _handing(z, on, handed.inside)
         part = _Parts(self, state, handed)
         try:
-            return plan.forward(self, x, part, *args[1:], **kwargs)
+            z = plan.forward(self, x, part, *args[1:], **kwargs)
         finally:
-            refusal = part.refusal
+            refusal = state.refusal = part.refusal
+        if len(args) == 1 and not kwargs:
+            state.rest = _rest(self, x, busy) or state.rest
+        return z
     except Refusal as error:
         refusal = str(error)
+        _Busy.calls += type(error) is not Slower
     finally:
         if state.refusal != refusal:
             state.refusal = refusal
     original = type(self)._resnet_fast_original
-    return getattr(original, _method(plan))(self, *(narrow(x, handed), *args[1:])[: len(args)], **kwargs)
+    return getattr(original, state.method)(self, *(narrow(x, handed), *args[1:])[: len(args)], **kwargs)
 
 
 class _Parts:
@@ -108,12 +174,16 @@ class _Parts:
         what, state = parts(self._state.plan)[i], self._state
         try:
             if isinstance(what, NormAct):
-                return norm_act.run(self._module, what, x, state.backend), _NOTHING
-            if isinstance(what, Join):
-                return run_join(self._module, what, x, residual, state.backend), _NOTHING
-            return run(self._module, what, x, state.caches[i], state.backend, handed, residual)
+                answer = norm_act.run(self._module, what, x, state.backend), _NOTHING
+            elif isinstance(what, Join):
+                answer = run_join(self._module, what, x, residual, state.backend), _NOTHING
+            else:
+                answer = run(self._module, what, x, state.caches[i], state.backend, handed, residual)
+            _Busy.calls += 1
+            return answer
         except Refusal as error:
             self.refusal = str(error)
+            _Busy.calls += type(error) is not Slower
         if isinstance(what, NormAct):
             return norm_act.run_unfused(self._module, what, x), _NOTHING
         return run_unfused(self._module, what, x, residual), _NOTHING
@@ -272,6 +342,7 @@ def _forward_stage(stage: Any, x: Any, part: Any) -> Any:
         if ready.holds(situation):
             answer = run_program(ready, x, handed)
             if answer is not None:
+                _Busy.calls += 1
                 return _handing(*answer, handed.inside)
         else:
             state.program = ready = None

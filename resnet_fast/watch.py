@@ -21,9 +21,12 @@ __all__ = ["Watch", "unchanged_in_python"]
 
 
 class Watch:
-    """The submodules at ``paths`` of ``module``, with the containers on the way, as they are now."""
+    """The submodules at ``paths`` of ``module``, with the containers on the way, as they are now.
 
-    def __init__(self, module: nn.Module, paths: Iterable[str]) -> None:
+    Without ``attributes`` and hooks, which do not decide how fast a block runs, only whether it may run fused.
+    """
+
+    def __init__(self, module: nn.Module, paths: Iterable[str], attributes: bool = True) -> None:
         seen: dict[int, nn.Module] = {}
         contents: list[dict[str, Any]] = []
         hooks: list[dict[Any, Any]] = []
@@ -36,8 +39,11 @@ class Watch:
                 if not isinstance(found, nn.Module):
                     break
                 seen[id(found)] = found
-        contents += [module.__dict__, *(m._modules for m in containers.values())]
+        contents += [*([module.__dict__] if attributes else []), *(m._modules for m in containers.values())]
         for m in seen.values():
+            if not attributes:
+                contents.append(m._parameters)
+                continue
             # All attributes: numbers, flags, a replaced forward, and the dictionaries of what follows.
             contents += [m.__dict__, m._parameters, m._buffers]
             if isinstance(m, nn.Sequential) and not m._modules:

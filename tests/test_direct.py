@@ -210,6 +210,7 @@ PLAIN: dict[str, object] = {
         {"groups": 2},
         {"w_size": [64, 3, 7, 7]},
         {"input_size": [1, 256, 57, 57]},
+        {"w_size": [16, 256, 1, 1], "input_size": [1, 256, 35, 35]},
         {"dtype": torch.bfloat16},
         {"device": torch.device("meta")},
     ],

@@ -87,3 +87,16 @@ def test_a_watched_model_is_collected() -> None:
     del b
     gc.collect()
     assert gone() is None
+
+
+def test_without_attributes_modules_and_parameters_count_alone() -> None:
+    b = block()
+    seen = Watch(b, PATHS, attributes=False)
+    b.train()
+    b.conv1.register_forward_hook(lambda *_: None)
+    assert seen.unchanged()
+    b.bn1 = nn.BatchNorm2d(8)
+    assert not seen.unchanged()
+    seen = Watch(b, PATHS, attributes=False)
+    b.conv2.weight = nn.Parameter(b.conv2.weight.detach())
+    assert not seen.unchanged()

@@ -228,8 +228,9 @@ RESNET_FAST_INLINE void finish(Vec (&sum)[N][2], const Target& target, Lanes lan
 }
 
 /// The sums m (N, PACK) += v x w over `depth` values, begun at 0 where `begins`: v (packs, N,
-/// PACK), w (depth, PACK). Where they are complete they go to z instead.
-template <int N>
+/// PACK), w (depth, PACK). Where they are complete they go to z instead. Of each pack VECTORS are
+/// formed: one where the panel has no more channels, as the only one of 16 has.
+template <int N, int VECTORS>
 void multiply(const float* v, const float* w, int64_t depth, bool begins, float* m,
               const Target& target, Ahead ahead) {
   Vec sum[N][2] = {};
@@ -245,12 +246,12 @@ void multiply(const float* v, const float* w, int64_t depth, bool begins, float*
       const int64_t stop = smaller(i + PIECE, end);
       for (int64_t j = i; j < stop; ++j, w += PACK, ahead.operand += ahead.step) {
         __builtin_prefetch(ahead.operand, 0, 2);
-        const Vec left = load(w), right = load(w + LANES);
+        const Vec left = load(w), right = VECTORS > 1 ? load(w + LANES) : Vec{};
 #pragma GCC unroll 14
         for (int r = 0; r < N; ++r) {
           const Vec value = broadcast(v + r * PACK + j);
           sum[r][0] = fma(value, left, sum[r][0]);
-          sum[r][1] = fma(value, right, sum[r][1]);
+          if (VECTORS > 1) sum[r][1] = fma(value, right, sum[r][1]);
         }
       }
     }
@@ -258,13 +259,13 @@ void multiply(const float* v, const float* w, int64_t depth, bool begins, float*
   if (!begins) {
 #pragma GCC unroll 14
     for (int r = 0; r < N; ++r) {
-      for (int h = 0; h < 2; ++h) sum[r][h] += load(m + r * PACK + h * LANES);
+      for (int h = 0; h < VECTORS; ++h) sum[r][h] += load(m + r * PACK + h * LANES);
     }
   }
   if (!target.complete) {
 #pragma GCC unroll 14
     for (int r = 0; r < N; ++r) {
-      for (int h = 0; h < 2; ++h) store(m + r * PACK + h * LANES, sum[r][h]);
+      for (int h = 0; h < VECTORS; ++h) store(m + r * PACK + h * LANES, sum[r][h]);
     }
     return;
   }
@@ -276,12 +277,13 @@ void multiply(const float* v, const float* w, int64_t depth, bool begins, float*
   }
 }
 
-using Multiply = decltype(&multiply<1>);
+using Multiply = decltype(&multiply<1, 2>);
 
+/// For a row block of `rows` pixels and a panel that has `channels` from its first to the last.
 template <int... N>
-Multiply multiply_rows(int64_t rows, std::integer_sequence<int, N...>) {
-  static constexpr Multiply FUNCTIONS[] = {multiply<N + 1>...};
-  return FUNCTIONS[rows - 1];
+Multiply multiply_tile(int64_t rows, int64_t channels, std::integer_sequence<int, N...>) {
+  static constexpr Multiply NARROW[] = {multiply<N + 1, 1>...}, WIDE[] = {multiply<N + 1, 2>...};
+  return (channels <= LANES ? NARROW : WIDE)[rows - 1];
 }
 
 // z = act(conv(x, w) + shift + residual)
@@ -332,7 +334,7 @@ void direct_conv(const DirectConv& args) {
           const int64_t pixel = shape.first(i), rows = shape.first(i + 1) - pixel;
           const int64_t channel = panel * PACK;
           ahead.tile = complete ? args.z + pixel * args.k + channel : nullptr;
-          multiply_rows(rows, std::make_integer_sequence<int, ROWS>{})(
+          multiply_tile(rows, args.k - channel, std::make_integer_sequence<int, ROWS>{})(
               patches + (i - first) * layout.block + start * rows, w, depth, start == 0,
               sums + (i - first) * ROWS * PACK, {&args, pixel, channel, complete}, ahead);
         }

@@ -22,6 +22,9 @@ _CHANNELS = 16
 #: as good. The third stage at batch 16 (3136 pixels) is within: its 1024 to 256 channels take 1.26 times as long as the
 #: library's, the network as long as with it (docs/conv.md, entry 36).
 _PIXELS = 3200
+#: The same with fewer than 32 output channels: sums of one vector, and as many patches to gather for them
+#: (docs/conv.md, entry 42).
+_NARROW_PIXELS = 1200
 
 
 @functools.cache
@@ -51,8 +54,9 @@ def why_not(
         return f"fewer than {_CHANNELS} channels"
     sizes = zip(input_size[2:], w_size[2:], stride, padding, strict=True)
     pixels = input_size[0] * math.prod((size + 2 * pad - taps) // step + 1 for size, taps, step, pad in sizes)
-    if pixels > _PIXELS:
-        return f"more than {_PIXELS} pixels"
+    most = _PIXELS if w_size[0] >= _C.cpu.direct_panel() else _NARROW_PIXELS
+    if pixels > most:
+        return f"more than {most} pixels"
     return None
 
 
