@@ -258,7 +258,7 @@ def test_largest_batch() -> None:
 @pytest.mark.slow
 def test_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The ceilings and a part, and another part in the same process, into the same folder."""
-    common = ["--device", "cpu", "--tiny", "--seconds", "90", "--threads", "1", "--output", str(tmp_path)]
+    common = ["--device", "cpu", "--tiny", "--seconds", "400", "--threads", "1", "--output", str(tmp_path)]
     assert suite.main([*common, "--part", "ops", "--commit", "abc"]) == 0
     run = next(line["run"] for line in suite.read(tmp_path / suite.LINES))
     child = [*common, "--child", "inference", "--run", run, "--deadline", str(time.time() + 300)]
