@@ -11,6 +11,7 @@ from torch import nn
 
 from . import adapters, dispatch, norm_act, schedule
 from .guards import why_not_now
+from .modules import FusedModule
 from .plan import BlockPlan, HostPlan, Join, NormAct, Opaque, find
 from .swap import KEY, STAGE, FuseError, State, attach, attach_stages, detach, original_class, parts, state_of
 
@@ -45,7 +46,10 @@ def _candidates(model: nn.Module, generic: bool = False, why: bool = False) -> I
         if id(module) in covered:
             continue
         state = state_of(module)
-        verdict = state.plan if state else adapters.look(module, original_class(module))
+        if isinstance(module, FusedModule):
+            verdict: Any = module.plan
+        else:
+            verdict = state.plan if state else adapters.look(module, original_class(module))
         if generic and verdict is None and not isinstance(found := adapters.trace(module), str):
             verdict = found
         if verdict is None or verdict is STAGE:
@@ -130,7 +134,7 @@ def fuse(
             lines = "\n".join(f"  {row.name or '(root)'} ({row.kind}): {row.reason}" for row in bad)
             raise FuseError(f"strict=True, and {len(bad)} block(s) cannot be fused whole:\n{lines}")
     for candidate in chosen:
-        if candidate.plan is None:
+        if candidate.plan is None or isinstance(candidate.module, FusedModule):
             continue
         state = state_of(candidate.module)
         if state is None:
@@ -242,8 +246,12 @@ def _row(candidate: _Candidate) -> Row:
     state = state_of(module)
     if state is not None and state.refusal is not None:
         return Row(name, kind, "not", f"last call ran the original forward: {state.refusal}", True)
+    if isinstance(module, FusedModule) and module.refusal is not None:
+        return Row(name, kind, "not", f"last call ran its modules one by one: {module.refusal}", True)
     partly = any(isinstance(part, BlockPlan) and isinstance(part.shortcut, Opaque) for part in parts(plan))
     what = "; ".join(part.what for part in parts(plan))
+    if isinstance(module, FusedModule):
+        what = f"{what}; by itself: it is a resnet_fast.{type(module).__name__}"
     if isinstance(plan, HostPlan) and plan.left:
         partly, what = True, f"{what}; as it is: {plan.left}"
     return Row(name, kind, "partly" if partly else "fused", what, True)
@@ -252,12 +260,14 @@ def _row(candidate: _Candidate) -> Row:
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """A forward inside leaves no word of itself: what the last call did, for explain(), is what it was before."""
-    states = [(state, state.refusal) for m in model.modules() if (state := state_of(m)) is not None]
+    of: list[State | FusedModule] = [state for m in model.modules() if (state := state_of(m)) is not None]
+    of += [m for m in model.modules() if isinstance(m, FusedModule)]
+    before = [what.refusal for what in of]
     try:
         yield
     finally:
-        for state, refusal in states:
-            state.refusal = refusal
+        for what, refusal in zip(of, before, strict=True):
+            what.refusal = refusal
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, BlockPlan, str | None]]:
@@ -319,13 +329,16 @@ def explain(
     answer.swapped = any(state_of(m) is not None for m in model.modules())
     for candidate in _candidates(model, why=True):
         row = _row(candidate)
-        if answer.swapped and candidate.plan is not None and state_of(candidate.module) is None:
+        own = isinstance(candidate.module, FusedModule)
+        if answer.swapped and candidate.plan is not None and state_of(candidate.module) is None and not own:
             row = row._replace(status="not", reason="left alone by fuse() (filter_fn, or added later)")
         state = state_of(candidate.module)
-        if seen and candidate.plan is not None and (state is not None or not answer.swapped):
+        if seen and candidate.plan is not None and (own or state is not None or not answer.swapped):
             pinned = state.backend if state else None
             blocks_of = [part for part in parts(candidate.plan) if isinstance(part, BlockPlan)]
             found = [schedule.steps(candidate.module, part, seen, pinned, where) for part in blocks_of]
             row = row._replace(steps=tuple(step for steps in found for step in steps))
         answer.append(row)
+    every = [m for m in model.modules() if isinstance(m, FusedModule)]
+    answer.swapped |= bool(every) and len(every) == sum(row.block for row in answer)
     return answer

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numbers
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,17 +25,21 @@ from .running import run
 __all__ = ["BasicBlock", "Bottleneck", "ConvBnAct2d", "Stem"]
 
 
-class _Fused(nn.Module):
-    """A module with a plan: fused where the guards hold, else ``unfused``."""
+class FusedModule(nn.Module):
+    """A module with a plan: fused where the guards hold, else ``unfused``.
+
+    ``refusal``: why the last call ran unfused, for explain(); None where it did not.
+    """
 
     plan: BlockPlan
+    refusal: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self._cache = FoldCache()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_cache"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_cache", "refusal")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -42,10 +47,16 @@ class _Fused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, P, Q), channels-last."""
-        try:
-            return run(self, self.plan, x, self._cache)[0]
-        except Refusal:
+        if torch.compiler.is_compiling():  # the compiler fuses in its own way, and wants plain modules to read
             return self.unfused(x)
+        refusal = None
+        try:
+            z = run(self, self.plan, x, self._cache)[0]
+        except Refusal as error:
+            refusal = str(error)
+        if refusal != self.refusal:
+            self.refusal = refusal
+        return z if refusal is None else self.unfused(x)
 
     def unfused(self, x: Tensor) -> Tensor:
         """The same by the submodules, one after the other; not in place, where a hook may have seen the output."""
@@ -76,7 +87,7 @@ def _conv_bn(
     return conv, nn.BatchNorm2d(out_channels)
 
 
-class ConvBnAct2d(_Fused):
+class ConvBnAct2d(FusedModule):
     """z = relu(bn(conv(x))). Keys ``conv.*`` and ``bn.*``.
 
     Args:
@@ -144,7 +155,7 @@ class ConvBnAct2d(_Fused):
         _expect("conv", conv, nn.Conv2d)
         _expect("bn", bn, nn.Module)
         self = cls.__new__(cls)
-        _Fused.__init__(self)
+        FusedModule.__init__(self)
         self.conv, self.bn, self.relu = conv, bn, relu  # type: ignore[assignment]
         self.training = bn.training
         return self
@@ -162,7 +173,7 @@ _CONV = BlockPlan("conv_bn_act", (ConvBnPath("conv", "bn", False),))
 _CONV_RELU = BlockPlan("conv_bn_act", (ConvBnPath("conv", "bn", True),))
 
 
-class _Residual(_Fused):
+class _Residual(FusedModule):
     """What the two residual blocks share: the shortcut."""
 
     expansion: ClassVar[int]
@@ -191,7 +202,7 @@ class _Residual(_Fused):
         Raises ``TypeError`` for another number of modules, or one of another kind.
         """
         self = cls.__new__(cls)
-        _Fused.__init__(self)
+        FusedModule.__init__(self)
         count = len(cls._layers)
         if len(modules) != 2 * count:
             raise TypeError(
@@ -280,7 +291,7 @@ _PLANS = {
 }
 
 
-class Stem(_Fused):
+class Stem(FusedModule):
     """maxpool(relu(bn1(conv1(x)))): 7x7/2 convolution and 3x3/2 max-pool. Keys ``conv1.*`` and ``bn1.*``.
 
     Args:
@@ -308,7 +319,7 @@ class Stem(_Fused):
         _expect("conv1", conv1, nn.Conv2d)
         _expect("bn1", bn1, nn.Module)
         self = cls.__new__(cls)
-        _Fused.__init__(self)
+        FusedModule.__init__(self)
         self.conv1, self.bn1 = conv1, bn1  # type: ignore[assignment]
         self.maxpool = nn.Identity() if maxpool is None else maxpool
         self.training = bn1.training

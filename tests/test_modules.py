@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fast import BasicBlock, Bottleneck, ConvBnAct2d, Stem, autograd
+from resnet_fast import BasicBlock, Bottleneck, ConvBnAct2d, Stem, autograd, explain, fuse
+from resnet_fast.fuse import blocks
 from resnet_fast.guards import why_not_now
 from tests import libraries
 from tests.tolerance import DTYPES, assert_close, name_of
@@ -416,3 +417,40 @@ def test_an_error_inside_is_raised_and_nothing_runs_twice(monkeypatch: pytest.Mo
         block(x)
     assert len(calls) == 1
     assert all(torch.equal(b, before[name]) for name, b in block.named_buffers())
+
+
+def test_explain_knows_them() -> None:
+    """By themselves and beside what fuse() swaps; warmup measures them; fuse() leaves them as they are."""
+    net = nn.Sequential(Stem(3, 8), BasicBlock(8, 8), Bottleneck(8, 4, 2)).eval()
+    rows = explain(net)
+    assert [(r.name, r.status) for r in rows] == [("0", "fused"), ("1", "fused"), ("2", "fused")]
+    assert "by itself: it is a resnet_fast.BasicBlock" in rows[1].reason and str(rows).startswith("3 fused, 0 partly")
+    assert len(list(blocks(net))) == 3
+    kinds = [type(m) for m in net]
+    assert [type(m) for m in fuse(net)] == kinds and explain(net)[2].status == "fused"
+
+    net[1].conv1.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 3, 16, 16)
+    expected = net(x)
+    assert explain(net)[1].status == "not" and "hook" in explain(net)[1].reason
+    net[1].conv1._forward_hooks.clear()
+    net.double()(x.double())
+    assert "ran its modules one by one" in explain(net.float())[0].reason  # what the last call did
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+    assert explain(net)[0].status == "fused"
+    assert "refusal" not in net[0].__getstate__()
+
+
+def test_generic_fuses_around_them() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.block = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), BasicBlock(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(torch.relu(self.bn(self.conv(x))))
+
+    net, x = Net().eval(), torch.randn(2, 3, 16, 16)
+    expected = net(x)
+    assert [r.status for r in explain(fuse(net, generic=True))] == ["fused", "fused"]
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..modules import FusedModule
 from ..plan import NORMS, BlockPlan, HostPlan
 from . import (
     cifar,
@@ -82,6 +83,8 @@ def trace(module: nn.Module) -> BlockPlan | HostPlan | str | None:
 
 def _is_block(module: nn.Module) -> bool:
     """Whether an adapter makes more of ``module`` than the runs that a trace would find in it."""
+    if isinstance(module, FusedModule):
+        return True
     verdict = look(module, type(module))
     if isinstance(verdict, BlockPlan):
         return verdict.shortcut is not None
