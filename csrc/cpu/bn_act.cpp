@@ -14,6 +14,9 @@ namespace {
 
 // Channels from which on the next packs of these rows are asked for, not those of the rows below.
 constexpr int64_t WIDE = 512;
+// What is asked for of narrower rows that are only read lies this far ahead: a page, where a stream
+// ends for the processor's own prefetchers.
+constexpr int64_t AHEAD_BYTES = 4096;
 // Rows whose mean is a tile's pivot.
 constexpr int64_t PIVOT_ROWS = 8;
 // Channels whose vectors a thread keeps in L1 while it goes down its rows.
@@ -46,34 +49,48 @@ void for_each_element(int64_t npq, int64_t k, const float* const (&vectors)[COUN
   }
 }
 
-/// The sums of one pack over ROWS rows from `row`, added to the tile's, or set if the tile begins
-/// here.
-template <int64_t ROWS, int SUMS, class Add, class Lanes>
+/// The sums of COUNT packs side by side over ROWS rows from `row`, added to the tile's, or set if
+/// the tile begins here.
+template <class T, int64_t ROWS, int COUNT, int SUMS, class Add, class Lanes>
 void sum_group(const Tile& tile, int64_t row, int64_t k, int64_t channel, Lanes lanes,
                const Add& add, float* const (&out)[SUMS]) {
   const int64_t local = channel - tile.channel;
   // Rows of many channels lie a page apart or nearly: those below would push out what is asked for.
-  const int64_t ahead = k >= WIDE ? 2 * PACK : ROWS * k;
-  Vec sums[SUMS][2] = {};
-  for (int64_t r = row; r < row + ROWS; ++r) {
-    add(At{r * k + channel, r, channel, local, ahead}, lanes, sums);
+  constexpr int64_t PAGE = AHEAD_BYTES / static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = k >= WIDE ? 2 * PACK : ROWS == READ_ROWS ? PAGE : ROWS * k;
+  Vec sums[COUNT][SUMS][2] = {};
+#pragma GCC unroll 2
+  for (int64_t r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+    for (int p = 0; p < COUNT; ++p) {
+      const int64_t at = p * PACK;
+      add(At{(row + r) * k + channel + at, row + r, channel + at, local + at, ahead}, lanes,
+          sums[p]);
+    }
   }
   for (int s = 0; s < SUMS; ++s) {
-    for (int h = 0; h < 2; ++h) {
-      float* total = out[s] + local + h * LANES;
-      store(total, row == tile.row ? sums[s][h] : load(total) + sums[s][h]);
+    for (int i = 0; i < 2 * COUNT; ++i) {
+      float* total = out[s] + local + i * LANES;
+      const Vec sum = sums[i / 2][s][i % 2];
+      store(total, row == tile.row ? sum : load(total) + sum);
     }
   }
 }
 
 /// The skeleton of every reduction: add(at, lanes, sums) adds one pack of a tile to its channels'
 /// SUMS sums. out[0..SUMS) get those of the tile, in the order of widened packs. ROWS rows are
-/// summed side by side, in registers.
-template <int64_t ROWS, int SUMS, class Add>
+/// summed in registers; where nothing is written two packs at a time, since one pack's sums are too
+/// few to hide an addition's latency.
+template <class T, int64_t ROWS, int SUMS, class Add>
 void sum_tile(const Tile& tile, int64_t k, const Add& add, float* const (&out)[SUMS]) {
+  constexpr int COUNT = ROWS == READ_ROWS ? 2 : 1;
   const auto sum_rows = [&](int64_t row, auto rows) {
-    for_each_pack(tile.channel, tile.channel_end, [&](int64_t channel, auto lanes) {
-      sum_group<rows()>(tile, row, k, channel, lanes, add, out);
+    int64_t first = tile.channel;
+    for (; first + COUNT * PACK <= tile.channel_end; first += COUNT * PACK) {
+      sum_group<T, rows(), COUNT>(tile, row, k, first, All{}, add, out);
+    }
+    for_each_pack(first, tile.channel_end, [&](int64_t channel, auto lanes) {
+      sum_group<T, rows(), 1>(tile, row, k, channel, lanes, add, out);
     });
   };
   int64_t row = tile.row;
@@ -98,7 +115,7 @@ void reduce(int64_t npq, int64_t k, float* workspace, const float* const (&vecto
     for (int s = 0; s < SUMS; ++s) {
       partial[s] = workspace + s * plane + tile.index * padded(k) + tile.channel;
     }
-    sum_tile<ROWS>(tile, k, make(channels), partial);
+    sum_tile<T, ROWS>(tile, k, make(channels), partial);
   });
   merge_sums<T>(tiles.row_blocks(), k, workspace, out);
 }
@@ -150,7 +167,7 @@ void bn_stats_tile(const T* y, const Tile& tile, int64_t k, float* pivot, float*
       sums[1][h] += absolute(value.v[h]);
     }
   };
-  sum_tile<PIVOT_ROWS, 2>(head, k, add_head, {pivot, m2});
+  sum_tile<T, PIVOT_ROWS>(head, k, add_head, {pivot, m2});
   const int64_t count = padded(tile.channel_end - tile.channel);
   const float share = 1 / static_cast<float>(head.row_end - head.row);
   for (int64_t c = 0; c < count; ++c) pivot[c] = coarse(pivot[c] * share, m2[c] * share);
@@ -163,7 +180,7 @@ void bn_stats_tile(const T* y, const Tile& tile, int64_t k, float* pivot, float*
       sums[1][h] = fma(d, d, sums[1][h]);
     }
   };
-  sum_tile<READ_ROWS, 2>(tile, k, add, {residue, m2});
+  sum_tile<T, READ_ROWS>(tile, k, add, {residue, m2});
   const float per_row = 1 / static_cast<float>(tile.row_end - tile.row);
   for (int64_t c = 0; c < count; ++c) m2[c] -= residue[c] * residue[c] * per_row;
 }
