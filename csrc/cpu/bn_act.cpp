@@ -86,8 +86,10 @@ void sum_tile(const Tile& tile, int64_t k, const Add& add, float* const (&out)[S
   constexpr int COUNT = ROWS == READ_ROWS ? 2 : 1;
   const auto sum_rows = [&](int64_t row, auto rows) {
     int64_t first = tile.channel;
-    for (; first + COUNT * PACK <= tile.channel_end; first += COUNT * PACK) {
-      sum_group<T, rows(), COUNT>(tile, row, k, first, All{}, add, out);
+    if constexpr (COUNT > 1) {
+      for (; first + COUNT * PACK <= tile.channel_end; first += COUNT * PACK) {
+        sum_group<T, rows(), COUNT>(tile, row, k, first, All{}, add, out);
+      }
     }
     for_each_pack(first, tile.channel_end, [&](int64_t channel, auto lanes) {
       sum_group<T, rows(), 1>(tile, row, k, channel, lanes, add, out);
