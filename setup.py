@@ -209,8 +209,9 @@ def add_rules(ninja: NinjaFile, plan: Plan) -> None:
 
 
 def add_sources(ninja: NinjaFile, plan: Plan) -> None:
-    # The compiler must not fuse multiply and add where the source does not say so: see cpu/vec.h.
-    exact = "-ffp-contract=off"
+    # The compiler must not fuse multiply and add where the source does not say so: see cpu/vec.h. Nobody reads errno,
+    # for which a loop would have to take its square roots one by one.
+    exact = "-ffp-contract=off -fno-math-errno"
     for source in sorted(CSRC.glob("cpu/*.cpp")):
         if source.stem not in PER_ISA:
             ninja.compile("cxx", source, exact)

@@ -132,18 +132,33 @@ float coarse(float mean, float size) {
   return pivot - pivot == 0 ? pivot : 0;
 }
 
-/// What bn_stats and bn_finalize return of channel c, from its mean and its M2 over n values.
+/// What bn_stats and bn_finalize return of the `count` channels from `first` on, from their means
+/// and M2s over n values. The loop is of vectors: roots and quotients are what a small y takes.
 template <class Args>
-void normalise(const Args& args, int64_t c, double mean, double m2, double n) {
-  const double squares = m2 < 0 ? 0 : m2;  // keeps NaN
-  const double rstd = 1 / __builtin_sqrt(squares / (n > 1 ? n : 1) + double{args.eps});
-  const float scale = static_cast<float>(args.gamma ? args.gamma[c] * rstd : rstd);
-  args.mean[c] = static_cast<float>(mean);
-  args.var[c] = static_cast<float>(squares / (n > 2 ? n - 1 : 1));
-  args.rstd[c] = static_cast<float>(rstd);
-  args.scale[c] = scale;
-  // Of the scale as it is rounded: y * scale + shift is then beta at the mean, however large that.
-  args.shift[c] = static_cast<float>((args.beta ? args.beta[c] : 0.0) - mean * scale);
+void normalise(const Args& args, int64_t first, int64_t count, const double (&mean)[PACK],
+               const double (&m2)[PACK], double n) {
+  const double biased = n > 1 ? n : 1, unbiased = n > 2 ? n - 1 : 1, eps = args.eps;
+  double gamma[PACK], beta[PACK];
+  for (int64_t i = 0; i < PACK; ++i) {
+    gamma[i] = args.gamma && i < count ? args.gamma[first + i] : 1.0;
+    beta[i] = args.beta && i < count ? args.beta[first + i] : 0.0;
+  }
+  float found[5][PACK];
+#pragma omp simd
+  for (int64_t i = 0; i < PACK; ++i) {
+    const double squares = m2[i] < 0 ? 0 : m2[i];  // keeps NaN
+    const double rstd = 1 / __builtin_sqrt(squares / biased + eps);
+    const float scale = static_cast<float>(gamma[i] * rstd);
+    found[0][i] = static_cast<float>(mean[i]);
+    found[1][i] = static_cast<float>(squares / unbiased);
+    found[2][i] = static_cast<float>(rstd);
+    found[3][i] = scale;
+    // Of the scale as it is rounded: y * scale + shift is then beta at the mean, however large
+    // that.
+    found[4][i] = static_cast<float>(beta[i] - mean[i] * scale);
+  }
+  float* const out[5] = {args.mean, args.var, args.rstd, args.scale, args.shift};
+  for (int s = 0; s < 5; ++s) __builtin_memcpy(out[s] + first, found[s], count * sizeof(float));
 }
 
 // mean = sum(y) / NPQ;  var = sum((y - mean)^2) / (NPQ - 1);  rstd, scale, shift follow
@@ -218,9 +233,12 @@ void bn_stats_kernel(const BnStats& args) {
       const double d = pivots[at] - mean[i] + residues[at] * share;
       return m2s[at] + d * d * n;
     });
+    double means[PACK] = {}, m2_of[PACK] = {};
     for_each_widened<T>(count, [&](int64_t i, int64_t channel) {
-      normalise(args, first + channel, mean[i], m2[i], npq);
+      means[channel] = mean[i];
+      m2_of[channel] = m2[i];
     });
+    normalise(args, first, count, means, m2_of, npq);
   });
 }
 
@@ -246,7 +264,7 @@ void bn_finalize_kernel(const BnFinalize& args) {
       const double d = args.means[part * k + first + i] - mean[i];
       return args.vars[part * k + first + i] * (values > 1 ? values - 1 : 0) + d * d * values;
     });
-    for (int64_t i = 0; i < count; ++i) normalise(args, first + i, mean[i], m2[i], n);
+    normalise(args, first, count, mean, m2, n);
   });
 }
 

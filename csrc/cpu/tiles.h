@@ -29,6 +29,8 @@ constexpr int64_t READ_ROWS = 8;
 constexpr int64_t WRITE_ROWS = 2;
 // Waking the other threads costs more than this many elements.
 constexpr int64_t SERIAL = 32768;
+// The same of partial sums, right behind a loop in which all threads ran: they are awake.
+constexpr int64_t SERIAL_MERGE = 8192;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -119,7 +121,7 @@ inline int64_t padded(int64_t k) { return cdiv(k, PACK) * PACK; }
 template <class Body>
 void for_each_merge(int64_t blocks, int64_t k, Body body) {
   const int64_t packs = cdiv(k, PACK);
-#pragma omp parallel for schedule(static) if (blocks * k > SERIAL)
+#pragma omp parallel for schedule(static) if (blocks * k > SERIAL_MERGE)
   for (int64_t i = 0; i < packs; ++i) body(i * PACK, smaller(PACK, k - i * PACK));
 }
 
