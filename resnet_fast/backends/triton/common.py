@@ -38,13 +38,27 @@ def unable(device: torch.device, dtype: torch.dtype) -> str | None:
         # Triton's interpreter rounds to bfloat16 by cutting bits off, and multiplies its matrices as integers.
         return "dtype bfloat16 under TRITON_INTERPRET=1 (supported: float32, float16)"
     if INTERPRETED:
-        return None
+        return _no_interpreter()
     if device.type == "cpu":
         return (
             "device type cpu (supported: cuda); remedy, to test without a GPU: set TRITON_INTERPRET=1 in the "
             "environment before the first operation"
         )
     return _no_driver() or _too_old(device)
+
+
+@functools.cache
+def _no_interpreter() -> str | None:
+    """Why Triton's interpreter cannot run kernels with the numpy that is there, or None."""
+    import numpy
+
+    found = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if found[0] < (3, 7) and found[1] >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} cannot work with numpy {numpy.__version__}; "
+            "remedy: pip install 'numpy<2.4', or Triton 3.7"
+        )
+    return None
 
 
 @functools.cache
@@ -207,6 +221,8 @@ def launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) -
 
 
 # ---- arithmetic that forward and backward share
+# A block of predicates and a scalar one meet in tl.where, not in &: that is a block of integers to the interpreter of
+# Triton 3.9, which takes none as a mask.
 
 
 @triton.jit
