@@ -174,8 +174,8 @@ def capture(model: nn.Module, example_input: Tensor | Sequence[Tensor], *, clone
         model: in eval mode, on one GPU, called with one tensor; best fused and channels-last. Its state is not changed.
         example_input: a CUDA tensor, or a list of them: for each shape and dtype a graph of its own. Its values do not
             matter; its layout is the one in which inputs are kept.
-        clone: return copies, and let graphs share their memory. Otherwise every graph has memory of its own, and outputs
-            lie in buffers that the next call with that shape writes over.
+        clone: return copies, and let graphs share their memory. Otherwise every graph has memory of its own, and
+            outputs lie in buffers that the next call with that shape writes over.
 
     Autocast is as it is around this call. Weights may be changed in place afterwards, not replaced. Raises
     ``TypeError`` and ``ValueError`` for what cannot be captured: training mode, a CPU tensor, gradients; and
