@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -49,14 +50,13 @@ def unable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _no_interpreter() -> str | None:
-    """Why Triton's interpreter cannot run kernels with the numpy that is there, or None."""
-    import numpy
-
-    found = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
-    if found[0] < (3, 7) and found[1] >= (2, 4):
+    """Why Triton's interpreter, which computes by numpy, cannot run kernels with the one that is there; or None."""
+    numpy = importlib.metadata.version("numpy")
+    older, newer = (tuple(map(int, found.split(".")[:2])) for found in (triton.__version__, numpy))
+    if older < (3, 7) and newer >= (2, 4):
         return (
-            f"the interpreter of Triton {triton.__version__} cannot work with numpy {numpy.__version__}; "
-            "remedy: pip install 'numpy<2.4', or Triton 3.7"
+            f"the interpreter of Triton {triton.__version__} cannot work with numpy {numpy}; remedy: "
+            "pip install 'numpy<2.4', or Triton 3.7"
         )
     return None
 
