@@ -63,7 +63,8 @@ class Captured:
         return not same
 
     def __call__(self, x: Tensor) -> Any:
-        """The model's output for ``x``: in buffers that the next call writes over, unless made with ``clone=True``.
+        """The model's output for ``x``: unless made with ``clone=True`` in buffers that the next call with its shape
+        writes over.
 
         Raises ``ValueError`` for an input of another shape, dtype or device than those captured, and ``RuntimeError``
         if ``x`` needs a gradient, or if the model was put into training mode or its tensors were replaced.
@@ -140,8 +141,8 @@ def _uncached_autocast() -> Iterator[None]:
         yield
 
 
-def _record(model: nn.Module, example: Tensor, pool: Any) -> _Graph:
-    """Warm up on a side stream, and capture one forward."""
+def _record(model: nn.Module, example: Tensor, stream: torch.cuda.Stream, pool: Any) -> _Graph:
+    """Warm up on a side stream, and capture one forward on ``stream``. ``pool``: whose memory to share, or None."""
     # A buffer made in inference mode could not be written outside of it.
     with torch.inference_mode(False), torch.cuda.device(example.device), torch.no_grad(), _uncached_autocast():
         x = example.clone(memory_format=torch.preserve_format)
@@ -153,11 +154,14 @@ def _record(model: nn.Module, example: Tensor, pool: Any) -> _Graph:
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            # A capture that fails would leave the stream it ran on the current one.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool, stream=stream):
                 output = model(x)
         except RuntimeError as error:
+            # The end of a capture that failed says no more than that it did: what failed came before.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             raise RuntimeError(
-                f"model: its forward on {_describe(_key(x))} cannot be captured ({str(error).splitlines()[0]}): it "
+                f"model: its forward on {_describe(_key(x))} cannot be captured ({str(cause).splitlines()[0]}): it "
                 "waits for the GPU, or reads a tensor's value. Remedy: call the model itself"
             ) from error
     return _Graph(x, output, graph)
@@ -170,7 +174,8 @@ def capture(model: nn.Module, example_input: Tensor | Sequence[Tensor], *, clone
         model: in eval mode, on one GPU, called with one tensor; best fused and channels-last. Its state is not changed.
         example_input: a CUDA tensor, or a list of them: for each shape and dtype a graph of its own. Its values do not
             matter; its layout is the one in which inputs are kept.
-        clone: return copies. Otherwise outputs lie in buffers that the next call with that shape writes over.
+        clone: return copies, and let graphs share their memory. Otherwise every graph has memory of its own, and
+            outputs lie in buffers that the next call with that shape writes over.
 
     Autocast is as it is around this call. Weights may be changed in place afterwards, not replaced. Raises
     ``TypeError`` and ``ValueError`` for what cannot be captured: training mode, a CPU tensor, gradients; and
@@ -180,8 +185,11 @@ def capture(model: nn.Module, example_input: Tensor | Sequence[Tensor], *, clone
     examples = [example_input] if isinstance(example_input, Tensor) else list(example_input)
     _check_examples(model, examples)
     graphs: dict[tuple[Any, ...], _Graph] = {}
-    pool = torch.cuda.graph_pool_handle()
+    # In memory that graphs share, one writes over what another has left in its outputs: these must be copied first.
+    pool = torch.cuda.graph_pool_handle() if clone else None
+    # torch.cuda.graph's own stream is one of the GPU that captured first; and memory is shared within a stream.
+    stream = torch.cuda.Stream(examples[0].device)
     for example in examples:
         if _key(example) not in graphs:
-            graphs[_key(example)] = _record(model, example, pool)
+            graphs[_key(example)] = _record(model, example, stream, pool)
     return Captured(model, graphs, clone)

@@ -144,9 +144,10 @@ def _autocast(
 ) -> tuple[Tensor, Tensor | None, list[ConvBn]]:
     """Under autocast: the operands of convolutions in the low dtype, as torch's conv2d would have cast them."""
     kind = x.device.type
-    # is_autocast_enabled raises for device types that have no autocast, such as meta.
-    off = not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind)
-    if off or x.dtype == torch.float64:
+    # is_autocast_enabled raises for device types that have no autocast, such as meta; and torch.compile of torch 2.11
+    # cannot trace the question whether there is one.
+    on = (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+    if not on or x.dtype == torch.float64:
         return x, residual, list(layers)
     dtype = torch.get_autocast_dtype(kind)
     cast = [

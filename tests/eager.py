@@ -17,7 +17,9 @@ Kwargs = dict[str, Any]
 def _affine(y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None = None) -> Tensor:
     """(y - mean) * scale + shift, by eager batch norm in eval mode."""
     mean = torch.zeros_like(scale) if mean is None else mean
-    return F.batch_norm(y, mean, torch.ones_like(scale), scale, shift, eps=0)
+    # F.batch_norm of torch 2.11 refuses an eps of 0, in eval mode too.
+    var, cudnn = torch.ones_like(scale), torch.backends.cudnn.enabled
+    return torch.batch_norm(y, scale, shift, mean, var, False, 0.0, 0.0, cudnn)
 
 
 def _eager_affine_act(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes captured. Replaying computes the output from the static input into the static output."""
     shapes: list[tuple[int, ...]] = []
 
-    def record(model: nn.Module, example: Tensor, pool: Any) -> Any:
+    def record(model: nn.Module, example: Tensor, stream: Any, pool: Any) -> Any:
         shapes.append(tuple(example.shape))
         x = example.clone()
         output = {"out": torch.no_grad()(model)(x)}
@@ -118,6 +119,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(CAPTURE, "_record", record)
     monkeypatch.setattr(CAPTURE, "_check_examples", lambda model, examples: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     return shapes
 
 
@@ -207,6 +209,86 @@ def test_changes_in_place_are_seen(recorded: list[tuple[int, ...]]) -> None:
     assert not torch.equal(before, after)
 
 
+# ---- the capture itself, with what torch.cuda offers for it played on a CPU
+
+
+class _Stream:
+    def __init__(self, device: object = None) -> None:
+        self.device = device
+
+    def wait_stream(self, other: _Stream) -> None:
+        pass
+
+
+class _Cuda:
+    """Streams, and graphs whose capture fails at its end as torch's does: the current stream is not put back."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.current = _Stream("cuda:0")
+        self.pools: list[object] = []
+        self.streams: list[Any] = []
+        self.capturing = False
+        for name, value in {
+            "Stream": _Stream,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "current_stream": lambda: self.current,
+            "device": lambda device: contextlib.nullcontext(),
+            "graph": self.graph,
+            "graph_pool_handle": lambda: "shared",
+            "stream": self.stream,
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(CAPTURE, "_check_examples", lambda model, examples: None)
+
+    @contextlib.contextmanager
+    def stream(self, stream: _Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, pool: object = None, stream: Any = None) -> Iterator[None]:
+        self.pools.append(pool)
+        self.streams.append(stream)
+        before, self.current, self.capturing = self.current, stream, True
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+        finally:
+            self.capturing = False
+        self.current = before
+
+
+@pytest.mark.parametrize("clone", [False, True])
+def test_memory_is_shared_where_outputs_are_copied(monkeypatch: pytest.MonkeyPatch, clone: bool) -> None:
+    """A shared pool's graphs write over each other's outputs. Each capture is on one stream, of the input's GPU."""
+    cuda = _Cuda(monkeypatch)
+    x = torch.randn(1, 3, 8, 8)
+    resnet_fast.capture(small(), [x, x[..., :5]], clone=clone)
+    assert cuda.pools == (["shared"] * 2 if clone else [None] * 2)
+    first, second = cuda.streams
+    assert first is second and first.device == x.device
+
+
+def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is named, and not that the capture did; and the stream is the caller's again."""
+    cuda = _Cuda(monkeypatch)
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if cuda.capturing:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return x
+
+    before = cuda.current
+    with pytest.raises(RuntimeError, match=r"cannot be captured \(operation not permitted .*\).* Remedy: call"):
+        resnet_fast.capture(Waits().eval(), torch.randn(2))
+    assert cuda.current is before
+
+
 # ---- on a GPU
 
 
@@ -258,3 +340,20 @@ def test_a_forward_that_waits_for_the_gpu() -> None:
         resnet_fast.capture(Waits().eval(), torch.randn(2, device="cuda"))
     torch.cuda.synchronize()
     assert torch.ones(1, device="cuda").item() == 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.gpu
+def test_outputs_of_other_shapes_stay() -> None:
+    """Replays of one shape leave the buffers of the others alone, in any order."""
+    torch.manual_seed(0)
+    model = resnet_fast.fuse(calibrated(resnet18()).eval().cuda().to(memory_format=torch.channels_last))
+    images = [torch.randn(n, 3, 64, 64, device="cuda") for n in (4, 1, 2)]
+    captured = resnet_fast.capture(model, images)
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        outputs = {i: captured(images[i]) for i in order}
+        before = {i: z.clone() for i, z in outputs.items()}
+        for i in reversed(order):
+            for j in order:
+                assert_same_bits(outputs[j], before[j])
+            captured(images[i])

@@ -34,7 +34,8 @@ FPROP, DGRAD, WGRAD, POINTWISE, DESCRIPTOR = (
 )
 OPS = ("conv_stats", "conv_backward_sums", "conv_backward")
 
-interpreted = pytest.mark.skipif(not common.INTERPRETED, reason="needs TRITON_INTERPRET=1: kernels run on CPU tensors")
+NOT_HERE = common.unable(torch.device("cpu"), torch.float32)
+interpreted = pytest.mark.skipif(NOT_HERE is not None, reason=f"kernels run on CPU tensors: {NOT_HERE}")
 
 
 # ---- which convolutions are ours

@@ -23,7 +23,8 @@ BY_NAME = {case.name: case for case in TINY + NASTY}
 # The package holds a function of its name.
 MODULE = importlib.import_module("resnet_fast.backends.triton.conv_affine_act")
 
-interpreted = pytest.mark.skipif(not common.INTERPRETED, reason="needs TRITON_INTERPRET=1: kernels run on CPU tensors")
+NOT_HERE = common.unable(torch.device("cpu"), torch.float32)
+interpreted = pytest.mark.skipif(NOT_HERE is not None, reason=f"kernels run on CPU tensors: {NOT_HERE}")
 
 
 def kernels(**change: Any) -> list[str]:

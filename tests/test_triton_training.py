@@ -25,7 +25,8 @@ from resnet_fast.models import BasicBlock, Bottleneck
 from resnet_fast.models.blocks import make_stage
 from tests.cases import TINY, VARIANTS, inputs
 
-pytestmark = pytest.mark.skipif(not common.INTERPRETED, reason="needs TRITON_INTERPRET=1: kernels run on CPU tensors")
+NOT_HERE = common.unable(torch.device("cpu"), torch.float32)
+pytestmark = pytest.mark.skipif(NOT_HERE is not None, reason=f"kernels run on CPU tensors: {NOT_HERE}")
 
 
 class Tiny(nn.Module):

@@ -257,7 +257,8 @@ class _Graph:
                     self._call()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # A capture that fails would leave the stream it ran on the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 self._call()
             self._graph = graph
         self._graph.replay()

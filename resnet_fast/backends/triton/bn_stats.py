@@ -132,7 +132,7 @@ def finish_stats_kernel(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = k < K
     plane = row_blocks.to(tl.int64) * K
-    reference = tl.load(workspace + k, mask=inside & (row_blocks > 0), other=0.0).to(tl.float64)
+    reference = tl.load(workspace + k, mask=tl.where(row_blocks > 0, inside, False), other=0.0).to(tl.float64)
     first = tl.zeros((BLOCK_ROWS, BLOCK_K), tl.float64)
     second = tl.zeros((BLOCK_ROWS, BLOCK_K), tl.float64)
     for start in range(0, row_blocks, BLOCK_ROWS):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -38,13 +39,26 @@ def unable(device: torch.device, dtype: torch.dtype) -> str | None:
         # Triton's interpreter rounds to bfloat16 by cutting bits off, and multiplies its matrices as integers.
         return "dtype bfloat16 under TRITON_INTERPRET=1 (supported: float32, float16)"
     if INTERPRETED:
-        return None
+        return _no_interpreter()
     if device.type == "cpu":
         return (
             "device type cpu (supported: cuda); remedy, to test without a GPU: set TRITON_INTERPRET=1 in the "
             "environment before the first operation"
         )
     return _no_driver() or _too_old(device)
+
+
+@functools.cache
+def _no_interpreter() -> str | None:
+    """Why Triton's interpreter, which computes by numpy, cannot run kernels with the one that is there; or None."""
+    numpy = importlib.metadata.version("numpy")
+    older, newer = (tuple(map(int, found.split(".")[:2])) for found in (triton.__version__, numpy))
+    if older < (3, 7) and newer >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} cannot work with numpy {numpy}; remedy: "
+            "pip install 'numpy<2.4', or Triton 3.7"
+        )
+    return None
 
 
 @functools.cache
@@ -207,6 +221,8 @@ def launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) -
 
 
 # ---- arithmetic that forward and backward share
+# A block of predicates and a scalar one meet in tl.where, not in &: that is a block of integers to the interpreter of
+# Triton 3.9, which takes none as a mask.
 
 
 @triton.jit

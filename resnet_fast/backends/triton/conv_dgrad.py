@@ -73,7 +73,7 @@ def store_gradient(value, dx, residual, x, xmean, scale, shift, slot, offset, in
     if x is not None:
         value = tl.where(inside, rounded.to(tl.float32), 0.0)
         present = channel < C
-        earlier = present & (is_first == 0)
+        earlier = tl.where(is_first, False, present)
         sum_g = tl.load(slot, mask=earlier, other=0.0)
         sum_gx = tl.load(slot + plane, mask=earlier, other=0.0)
         tl.store(slot, sum_g + tl.sum(value, 0), mask=present)

@@ -126,7 +126,7 @@ def store_with_statistics(acc, y, slot, offset, row_inside, k_inside, plane, row
         tl.store(slot, coarse(tl.sum(value, 0) / rows), mask=k_inside)
         tl.debug_barrier()
     pivot = tl.load(slot, mask=k_inside, other=0.0)
-    before = k_inside & (is_first == 0)
+    before = tl.where(is_first, False, k_inside)
     total = tl.load(slot + plane, mask=before, other=0.0)
     square = tl.load(slot + 2 * plane, mask=before, other=0.0)
     d = tl.where(row_inside[:, None], value - pivot[None, :], 0.0)

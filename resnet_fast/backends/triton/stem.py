@@ -193,12 +193,14 @@ def maxpool_backward_sums_kernel(
     for p in range(first, tl.minimum(first + rows_per_chunk, P)):
         row = y + at + 2 * p * pitch
         below = 2 * p + 1 < H
+        under, odd_under = tl.where(below, inside, False), tl.where(below, odd, False)
         y0 = tl.load(row, mask=inside, other=0.0).to(tl.float32)
         y1 = tl.load(row + K, mask=odd, other=0.0).to(tl.float32)
-        y2 = tl.load(row + pitch, mask=inside & below, other=0.0).to(tl.float32)
-        y3 = tl.load(row + pitch + K, mask=odd & below, other=0.0).to(tl.float32)
+        y2 = tl.load(row + pitch, mask=under, other=0.0).to(tl.float32)
+        y3 = tl.load(row + pitch + K, mask=odd_under, other=0.0).to(tl.float32)
         more = p + 1 < P
-        d2, i2, d3, i3 = pooled_row(dz, index, at_z + (p + 1) * pitch_z, K, inside & more, right & more)
+        next_inside, next_right = tl.where(more, inside, False), tl.where(more, right, False)
+        d2, i2, d3, i3 = pooled_row(dz, index, at_z + (p + 1) * pitch_z, K, next_inside, next_right)
         g = at_winner(d0, i0, 4)
         sum_g += g
         sum_gy = tl.fma(g, y0 - centre, sum_gy)
@@ -270,20 +272,22 @@ def maxpool_backward_apply_kernel(
         row = y + at + 2 * p * pitch
         out = dy + at + 2 * p * pitch
         below = 2 * p + 1 < H
+        under, odd_under = tl.where(below, inside, False), tl.where(below, odd, False)
         y0 = tl.load(row, mask=inside, other=0.0)
         y1 = tl.load(row + K, mask=odd, other=0.0)
-        y2 = tl.load(row + pitch, mask=inside & below, other=0.0)
-        y3 = tl.load(row + pitch + K, mask=odd & below, other=0.0)
+        y2 = tl.load(row + pitch, mask=under, other=0.0)
+        y3 = tl.load(row + pitch + K, mask=odd_under, other=0.0)
         more = p + 1 < P
-        d2, i2, d3, i3 = pooled_row(dz, index, at_z + (p + 1) * pitch_z, K, inside & more, right & more)
+        next_inside, next_right = tl.where(more, inside, False), tl.where(more, right, False)
+        d2, i2, d3, i3 = pooled_row(dz, index, at_z + (p + 1) * pitch_z, K, next_inside, next_right)
         g = at_winner(d0, i0, 4)
         store_lazy(out, g, y0, centre, factor, slope, constant, inside)
         g = at_winner(d0, i0, 5) + at_winner(d1, i1, 3)
         store_lazy(out + K, g, y1, centre, factor, slope, constant, odd)
         g = at_winner(d0, i0, 7) + at_winner(d2, i2, 1)
-        store_lazy(out + pitch, g, y2, centre, factor, slope, constant, inside & below)
+        store_lazy(out + pitch, g, y2, centre, factor, slope, constant, under)
         g = at_winner(d0, i0, 8) + at_winner(d1, i1, 6) + at_winner(d2, i2, 2) + at_winner(d3, i3, 0)
-        store_lazy(out + pitch + K, g, y3, centre, factor, slope, constant, odd & below)
+        store_lazy(out + pitch + K, g, y3, centre, factor, slope, constant, odd_under)
         d0, i0, d1, i1 = d2, i2, d3, i3
 
 
