@@ -88,9 +88,11 @@ def run(
         raise Slower(decision.reason)
     check_context()
     if backend is None:
-        return _run(module, plan, x, cache, handed, residual)
-    with use_backend(backend):
-        return _run(module, plan, x, cache, handed, residual)
+        z, on = _run(module, plan, x, cache, handed, residual)
+    else:
+        with use_backend(backend):
+            z, on = _run(module, plan, x, cache, handed, residual)
+    return f.one_channel(z), on
 
 
 def run_join(module: nn.Module, plan: Join, x: Any, residual: Any, backend: str | None = None) -> Tensor:
@@ -100,21 +102,21 @@ def run_join(module: nn.Module, plan: Join, x: Any, residual: Any, backend: str 
         raise Refusal(f"{plan.act} is no ReLU")
     if type(x) is not Tensor or x.dim() != 4 or x.dtype not in DTYPES or x.device.type not in ("cpu", "cuda"):
         raise Refusal("a sum is not of tensors (N, C, H, W) in float32, bfloat16, float16 on cpu and cuda")
+    check_summand(x, x.dtype, x.device)
     check_summand(residual, x.dtype, x.device)
     if x.shape != residual.shape:
         raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {tuple(x.shape)}")
     if backend is None:
-        return f.add_relu(x, residual)
+        return f.one_channel(f.add_relu(x, residual))
     with use_backend(backend):
-        return f.add_relu(x, residual)
+        return f.one_channel(f.add_relu(x, residual))
 
 
 def _run(
     module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed: Handed, residual: Tensor | None
 ) -> tuple[Tensor, Handed]:
     situation, folded = None, None
-    is_plain = type(x) is Tensor and x.device.type == "cpu" and not torch.is_grad_enabled()
-    if is_plain:
+    if type(x) is Tensor and x.layout is torch.strided and x.device.type == "cpu" and not torch.is_grad_enabled():
         situation = _situation(module, x, handed)
         folded = cache.recall(situation)
     if folded is None:
@@ -198,7 +200,9 @@ def program(
 
 def stage_situation(stage: nn.Module, x: Any, handed: Handed) -> tuple[Any, ...] | None:
     """``_situation`` of a whole stage; None where it must not run as a program."""
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or transformed() or global_hook():
+    if type(x) is not Tensor or x.layout is not torch.strided or x.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    if transformed() or global_hook():
         return None
     return _situation(stage, x, handed)
 
@@ -208,7 +212,7 @@ def run_program(program: Program, x: Tensor, handed: Handed) -> tuple[Tensor, Ha
     answer = program(x, handed.bound)
     if answer is None:
         return None
-    z, bound = answer
+    z, bound = f.one_channel(answer[0]), answer[1]
     kind, dtype = x.device.type, handed.dtype or x.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
