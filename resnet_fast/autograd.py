@@ -432,10 +432,10 @@ def each_gradient(backward: Backward) -> Backward:
                 raise RuntimeError("is_grads_batched: found True on a GPU, supported are torch.vmap and a loop")
             batch, wrap = torch._remove_batch_dim(dz, level, 1, 0), torch._add_batch_dim
         else:
-            return backward(ctx, dz, *further)
-        with torch._C._DisableFuncTorch():
-            found = [wrapper(ctx, each, *further) for each in batch]
-            every = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
+            with torch._C._DisableFuncTorch():
+                return backward(ctx, dz, *further)
+        found = [wrapper(ctx, each, *further) for each in batch.unbind()]
+        every = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
         return tuple(None if t is None else wrap(t, 0, level) for t in every)
 
     return cast("Backward", wrapper)

@@ -576,6 +576,15 @@ FOUND = {
     ),
     # The statistics of an example in training were those of folded weights: no batch was counted.
     "training without gradients": Block("basic", (Layer(8, 8, 3, 1, 1, 1, 1, False, RELU),) * 2, "identity"),
+    # oneDNN forgot the stride of W where it reads one channel, channels-last, and the output is one column wide.
+    "one channel": Block(
+        "chain",
+        (
+            Layer(5, 1, 1, 1, 0, 1, 1, False, Norm(1, True, True, 1e-5, 0.1)),
+            Layer(1, 16, (1, 3), (1, 3), (0, 1), 1, 1, False, Norm(16, True, True, 1e-5, 0.1)),
+            Layer(16, 5, 1, 1, 0, 1, 1, False, Norm(5, True, True, 1e-5, 0.1)),
+        ),
+    ),
 }
 
 
