@@ -224,7 +224,8 @@ class _Residual(FusedModule):
             out = getattr(self, layer.bn)(getattr(self, layer.conv)(out))
             if i < len(self._layers) - 1:
                 out = F.relu(out)
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        out += x if self.downsample is None else self.downsample(x)  # in the dtype of out, as the fused forward
+        return F.relu(out)
 
 
 class BasicBlock(_Residual):

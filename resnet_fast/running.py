@@ -120,6 +120,8 @@ def _run(
         situation = _situation(module, x, handed)
         folded = cache.recall(situation)
     if folded is None:
+        if plan.promotes and plan.shortcut == "identity":
+            _check_promotion(x, handed)
         seen = look(module, plan, cache)
         layers, projection = seen.found
         every = [*layers, projection] if projection else layers
@@ -174,6 +176,15 @@ def _run(
     fused = fused_block(x, layers, **options) if given and x.device.type == "cuda" else None
     z = f.residual_block(x, layers, **options) if fused is None else fused
     return z if pool is None or known else pool(z), _OUTSIDE
+
+
+def _check_promotion(x: Any, handed: Handed) -> None:
+    """Refuse a sum with ``x`` that torch makes in a wider dtype than autocast's."""
+    if type(x) is not Tensor or not torch.is_autocast_enabled(x.device.type):
+        return
+    low, found = torch.get_autocast_dtype(x.device.type), handed.dtype or x.dtype
+    if torch.promote_types(low, found) != low:
+        raise Refusal(f"the sum of {low} and x, which is {found}, is in {torch.promote_types(low, found)}")
 
 
 def program(
@@ -258,8 +269,12 @@ def run_unfused(module: nn.Module, plan: BlockPlan | Join, x: Tensor, residual: 
         x = find(module, layer.conv)(x)
         return x if layer.bn.startswith(f"{layer.conv}.") else find(module, layer.bn)(x)
 
+    def total(x: Tensor, residual: Any) -> Tensor:
+        z = x + residual
+        return z if plan.promotes else z.to(x.dtype)
+
     if isinstance(plan, Join):
-        return act(plan.act, x + residual)
+        return act(plan.act, total(x, residual))
     side = x
     for i, layer in enumerate(plan.layers):
         x = norm(layer, x)
@@ -268,7 +283,7 @@ def run_unfused(module: nn.Module, plan: BlockPlan | Join, x: Tensor, residual: 
                 residual = norm(plan.shortcut, side)
             elif plan.shortcut != "given":
                 residual = side if plan.shortcut == "identity" else find(module, plan.shortcut.path)(side)  # type: ignore[union-attr]
-            x = x + residual
+            x = total(x, residual)
         if not layer.has_inner_act:
             x = act(layer.act, x)
     pool = POOL if plan.pool is True else None if plan.pool is None else find(module, str(plan.pool))

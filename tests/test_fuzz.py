@@ -134,8 +134,18 @@ class Joined(nn.Module):
         return torch.relu(x + self.norm2(self.conv2(out)))
 
 
+class Added(Joined):
+    """The same, written over norm2's output: under autocast the sum keeps its dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(out))
+        out += x
+        return torch.relu(out)
+
+
 #: Blocks whose texts are traced: they are fused with generic=True alone.
-TRACED = {"dense": Dense, "pre-activation": PreActivation, "joined": Joined}
+TRACED = {"dense": Dense, "pre-activation": PreActivation, "joined": Joined, "added": Added}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +343,7 @@ def traced(draw: Any, kind: str, c: int) -> Block:
     k = draw(WIDTHS) if kind == "dense" else c
     first = draw(layers(c, middle, draw(st.sampled_from((1, 3))), 1, same=True))
     second = draw(layers(middle, k, 3, 1, same=True))
-    if kind == "joined":
+    if kind in ("joined", "added"):
         return Block(kind, (first, second))
     bare = dataclasses.replace(second, norm=None)
     return Block(kind, (draw(norms(c)), first, bare))
@@ -568,33 +578,41 @@ def test_random_blocks(example: Example) -> None:
 
 RELU = Norm(8, True, True, 1e-5, 0.1)
 
+PLAIN = Layer(8, 8, 3, 1, 1, 1, 1, False, RELU)
+BARE = dataclasses.replace(PLAIN, norm=None)
+
 #: What random examples have found, and was put right.
 FOUND = {
     # oneDNN crashed on a grouped 1x1 convolution with a dilation.
-    "dilated 1x1": Block(
-        "chain", (Layer(32, 32, 1, 2, 1, 2, 16, False, Norm(32, True, True, 0.1, None, inplace=None)),)
+    "dilated 1x1": Example(
+        (Block("chain", (Layer(32, 32, 1, 2, 1, 2, 16, False, Norm(32, True, True, 0.1, None, inplace=None)),)),) * 2
     ),
     # The statistics of an example in training were those of folded weights: no batch was counted.
-    "training without gradients": Block("basic", (Layer(8, 8, 3, 1, 1, 1, 1, False, RELU),) * 2, "identity"),
+    "training without gradients": Example((Block("basic", (PLAIN, PLAIN), "identity"),) * 2),
     # oneDNN forgot the stride of W where it reads one channel, channels-last, and the output is one column wide.
-    "one channel": Block(
-        "chain",
+    "one channel": Example(
         (
-            Layer(5, 1, 1, 1, 0, 1, 1, False, Norm(1, True, True, 1e-5, 0.1)),
-            Layer(1, 16, (1, 3), (1, 3), (0, 1), 1, 1, False, Norm(16, True, True, 1e-5, 0.1)),
-            Layer(16, 5, 1, 1, 0, 1, 1, False, Norm(5, True, True, 1e-5, 0.1)),
-        ),
+            Block(
+                "chain",
+                (
+                    Layer(5, 1, 1, 1, 0, 1, 1, False, Norm(1, True, True, 1e-5, 0.1)),
+                    Layer(1, 16, (1, 3), (1, 3), (0, 1), 1, 1, False, Norm(16, True, True, 1e-5, 0.1)),
+                    Layer(16, 5, 1, 1, 0, 1, 1, False, Norm(5, True, True, 1e-5, 0.1)),
+                ),
+            ),
+        )
+        * 2
     ),
+    # x is float32 under autocast: its sum with a bfloat16 output is float32, unless it is written over that.
+    "a sum that promotes": Example((Block("joined", (PLAIN, PLAIN)),) * 2, autocast=torch.bfloat16),
+    "a sum in place": Example((Block("added", (PLAIN, PLAIN)),) * 2, autocast=torch.bfloat16),
 }
 
 
-@pytest.mark.parametrize("block", FOUND.values(), ids=FOUND.keys())
-def test_found(block: Block) -> None:
-    compare(Example((block, block)))
+@pytest.mark.parametrize("example", FOUND.values(), ids=FOUND.keys())
+def test_found(example: Example) -> None:
+    compare(example)
 
-
-PLAIN = Layer(8, 8, 3, 1, 1, 1, 1, False, RELU)
-BARE = dataclasses.replace(PLAIN, norm=None)
 
 #: One of every kind of block, and the parts of it that fuse() swaps.
 KINDS = {
@@ -608,6 +626,7 @@ KINDS = {
     "dense": (Block("dense", (RELU, PLAIN, BARE)), ["norm1 + relu", "conv1 + norm2 + relu"]),
     "pre-activation": (Block("pre-activation", (RELU, PLAIN, BARE)), ["norm1 + relu", "conv1 + norm2 + relu"]),
     "joined": (Block("joined", (PLAIN, PLAIN)), ["identity"]),
+    "added": (Block("added", (PLAIN, PLAIN)), ["identity"]),
 }
 
 
