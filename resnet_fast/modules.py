@@ -224,8 +224,8 @@ class _Residual(FusedModule):
             out = getattr(self, layer.bn)(getattr(self, layer.conv)(out))
             if i < len(self._layers) - 1:
                 out = F.relu(out)
-        out += x if self.downsample is None else self.downsample(x)  # in the dtype of out, as the fused forward
-        return F.relu(out)
+        total = out + (x if self.downsample is None else self.downsample(x))
+        return F.relu(total.to(out.dtype))  # under autocast as the fused forward, which stays in the low dtype
 
 
 class BasicBlock(_Residual):
