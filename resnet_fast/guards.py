@@ -34,6 +34,7 @@ __all__ = [
     "check_given",
     "check_input",
     "check_summand",
+    "check_values",
     "collect",
     "decide",
     "faster_unfused",
@@ -416,14 +417,29 @@ def is_usual(x: Any, prepared: f.Prepared) -> bool:
 
 def check_given(residual: Any, x: Tensor, layers: list[f.ConvBn]) -> None:
     """Refuse a residual from elsewhere that torch's rules of broadcasting would have to judge."""
-    n, k = x.shape[0], layers[-1].weight.shape[0]
-    size = list(x.shape[2:])
+    shape = (x.shape[0], layers[-1].weight.shape[0], *_sizes(x, layers)[-1])
+    if tuple(residual.shape) != shape:
+        raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {shape}")
+
+
+def _sizes(x: Tensor, layers: list[f.ConvBn]) -> list[tuple[int, int]]:
+    """Height and width of every layer's output."""
+    size, sizes = list(x.shape[2:]), []
     for layer in layers:
         for i in (0, 1):
             span = layer.dilation[i] * (layer.weight.shape[2 + i] - 1)
             size[i] = (size[i] + 2 * layer.padding[i] - span - 1) // layer.stride[i] + 1
-    if tuple(residual.shape) != (n, k, *size):
-        raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {(n, k, *size)}")
+        sizes.append((size[0], size[1]))
+    return sizes
+
+
+def check_values(x: Tensor, layers: list[f.ConvBn]) -> None:
+    """Refuse, before a shortcut is called, what a batch norm of the main path would: one value per channel."""
+    if x.shape[0] == 1 and any(
+        layer.batch_stats and layer.group is None and size == (1, 1)
+        for layer, size in zip(layers, _sizes(x, layers), strict=True)
+    ):
+        raise Refusal("there is one value per channel")
 
 
 def check_summand(t: Any, dtype: torch.dtype, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from .guards import (
     check_given,
     check_input,
     check_summand,
+    check_values,
     decide,
     faster_unfused,
     global_hook,
@@ -141,6 +142,8 @@ def _run(
                 if z is not None:
                     return z, _OUTSIDE
     if isinstance(plan.shortcut, Opaque):
+        if folded is None:
+            check_values(x, layers)
         x, handed = narrow(x, handed), handed._replace(dtype=None)
         residual = find(module, plan.shortcut.path)(x)
     dtype = handed.dtype or x.dtype

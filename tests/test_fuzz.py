@@ -605,6 +605,22 @@ FOUND = {
     ),
     # x is float32 under autocast: its sum with a bfloat16 output is float32, unless it is written over that.
     "a sum that promotes": Example((Block("joined", (PLAIN, PLAIN)),) * 2, autocast=torch.bfloat16),
+    # The shortcut was called, and complained, before the batch norm that torch asks first.
+    "one value": Example(
+        (
+            Block(
+                "basic",
+                (
+                    dataclasses.replace(PLAIN, stride=2),
+                    dataclasses.replace(PLAIN, k=4, norm=Norm(4, True, True, 1e-5, 0.1)),
+                ),
+                "opaque",
+            ),
+        ),
+        n=1,
+        h=1,
+        w=1,
+    ),
     "a sum in place": Example((Block("added", (PLAIN, PLAIN)),) * 2, autocast=torch.bfloat16),
 }
 
