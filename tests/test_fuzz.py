@@ -503,8 +503,11 @@ def judge(
     own = max(error(t, ref) for t in theirs)
     scale = ref[ref.isfinite()].abs().amax().item() if ref.isfinite().any() else 0.0
     found, allowed = error(ours, ref), 2 * own + 4 * eps * scale
-    if name.startswith("d") and scale < eps**0.5 * largest:
-        allowed += 4 * eps * largest
+    if name.startswith("d"):
+        allowed += 4 * eps * largest if scale < eps**0.5 * largest else 0.0
+    elif scale < eps**0.5:
+        # All cancels, as where a batch norm without affine gets one value: float32's rounding of y * rstd is left.
+        allowed += 4 * torch.finfo(torch.float32).eps * 1e-5**-0.5
     if not decided and (name.startswith("d")):
         norm = lambda t: (t.double() - ref).norm().item()  # noqa: E731
         found, allowed = norm(ours), 3 * max(norm(t) for t in theirs) + 30 * eps * ref.norm().item() + 1e-30
@@ -734,11 +737,11 @@ def test_memory_is_flat_over_200_steps(
     """No tensor more than after the first ones; and less growth than if a step kept one input, or one activation."""
     model = resnet_fast.fuse(make(), generic=True)
     x = torch.randn(8, 3, 32, 32)
-    first = 7 * 11  # of by_turns, every size once: libraries keep something of each
+    first = 7 * 11  # of by_turns, every size once: libraries keep something of each, and we of the last ones
     for i in range(first):
         step(model, x, i)
     tensors, memory = live_tensors(), resident()
-    for i in range(first, first + 200):
+    for i in range(first, 4 * first):
         step(model, x, i)
     assert live_tensors() <= tensors
     assert resident() - memory < 200 * x.nbytes
