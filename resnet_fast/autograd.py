@@ -11,13 +11,15 @@ Arguments have been checked by ``functional``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd.function import once_differentiable
 
 from . import ops
@@ -29,6 +31,7 @@ __all__ = [
     "ConvBn",
     "Moves",
     "Static",
+    "each_gradient",
     "forward_block",
     "layer_tensors",
     "scale_shift",
@@ -211,10 +214,11 @@ def _forward_layer(
     i: int,
     operand: tuple[Tensor, Tensor | None, Tensor | None],
     tensors: Sequence[Tensor | None],
+    keep: bool,
 ) -> tuple[_Layer, tuple[Tensor, Tensor]]:
     """y = conv(operand) and the affine that its statistics make. Returns the layer, and mean and unbiased var.
 
-    ``run``: the ops, or what they come to (``dispatch.direct``).
+    ``run``: the ops, or what they come to (``dispatch.direct``). ``keep``: there will be a backward.
     """
     w, gamma, beta, mean, var = tensors[_PER_LAYER * i : _PER_LAYER * (i + 1)]
     assert w is not None
@@ -225,6 +229,8 @@ def _forward_layer(
             x = run.affine_act(x, *lazy)
         y = F.conv2d(x, w, None, *static.conv(i)).contiguous(memory_format=torch.channels_last)
         nothing = mean.new_empty(0), var.new_empty(0)
+        if keep:  # backward is of these statistics, whatever has become of the running ones by then
+            mean = mean.clone()
         return _Layer(w, y, mean, *scale_shift(mean, var, gamma, beta, static.eps[i])), nothing
     norm = gamma, beta, static.eps[i]
     y, mean, var, rstd, scale, shift = run.conv_stats(x, w, *static.conv(i), *lazy, *norm)
@@ -251,7 +257,7 @@ def forward_block(
     statistics: list[Tensor] = []
     first = operand = x, None, None
     for i in range(len(static.geometry)):
-        layer, stats = _forward_layer(run, static, i, first if i > end else operand, tensors)
+        layer, stats = _forward_layer(run, static, i, first if i > end else operand, tensors, keep)
         layers.append(layer)
         statistics += stats
         if i < end:
@@ -403,6 +409,38 @@ class _Backward:
         return dx
 
 
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def each_gradient(backward: Backward) -> Backward:
+    """``backward`` of a batch of gradients, too, one by one: they come in torch.vmap around torch.autograd.grad, and
+    with its ``is_grads_batched``.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, dz: Tensor, *further: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return backward(ctx, dz, *further)
+        wrap: Callable[[Tensor, int, int], Tensor]
+        if functorch.is_batchedtensor(dz):
+            level, dim = functorch.maybe_get_level(dz), functorch.maybe_get_bdim(dz)
+            batch, wrap = functorch.get_unwrapped(dz).movedim(dim, 0), functorch._add_batch_dim
+        elif functorch.is_legacy_batchedtensor(dz):
+            level = torch._C._vmapmode_increment_nesting() - 1
+            torch._C._vmapmode_decrement_nesting()
+            if level < 1:  # autograd's thread for a GPU does not know
+                raise RuntimeError("is_grads_batched: found True on a GPU, supported are torch.vmap and a loop")
+            batch, wrap = torch._remove_batch_dim(dz, level, 1, 0), torch._add_batch_dim
+        else:
+            with torch._C._DisableFuncTorch():
+                return backward(ctx, dz, *further)
+        found = [wrapper(ctx, each, *further) for each in batch.unbind()]
+        every = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
+        return tuple(None if t is None else wrap(t, 0, level) for t in every)
+
+    return cast("Backward", wrapper)
+
+
 class Block(torch.autograd.Function):
     """z = act(bn(conv(... relu(bn(conv(x))) ...)) + shortcut); where nothing is updated, each layer's mean and var too.
 
@@ -427,6 +465,7 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @each_gradient
     def backward(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.backend is None:
             return Block._backward(ctx, dz)
@@ -535,6 +574,7 @@ class AddRelu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @each_gradient
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         dz = dz.contiguous(memory_format=torch.channels_last)

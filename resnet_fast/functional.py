@@ -17,6 +17,7 @@ __all__ = [
     "LayoutWarning",
     "add_relu",
     "conv_bn_act",
+    "one_channel",
     "residual_block",
     "to_channels_last",
 ]
@@ -48,6 +49,11 @@ def to_channels_last(x: Tensor) -> Tensor:
             stacklevel=3,
         )
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def one_channel(z: Tensor) -> Tensor:
+    """``z`` for whoever reads it next: of one channel in torch's own strides, for oneDNN errs in channels-last ones."""
+    return z if z.shape[1] != 1 else z.clone(memory_format=torch.contiguous_format)
 
 
 def _check(x: Tensor, layers: Sequence[ConvBn]) -> None:

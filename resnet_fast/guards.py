@@ -34,6 +34,7 @@ __all__ = [
     "check_given",
     "check_input",
     "check_summand",
+    "check_values",
     "collect",
     "decide",
     "faster_unfused",
@@ -115,6 +116,12 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
                 group = _group(bn)
             keeps, momentum, counter = bn.track_running_stats, bn.momentum, _tensor(bn, "num_batches_tracked")
     check_plain(paths.bn, bn)
+    stride, padding, dilation = (_pair(v) for v in (conv.stride, conv.padding, conv.dilation))
+    # On one channel oneDNN takes a column of outputs for a row and forgets W's stride, in the layout that is ours.
+    if weight.dim() == 4 and weight.shape[1] == conv.groups == 1 and stride[0] == 1 < stride[1]:
+        raise Refusal(
+            f"{paths.conv} reads one channel with stride {stride}, which oneDNN computes wrongly channels-last"
+        )
     mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
     return f.ConvBn(
         weight,
@@ -124,9 +131,9 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
         var if keeps else None,
         counter if keeps else None,
         bias,
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
+        stride,
+        padding,
+        dilation,
         conv.groups,
         norm.eps or bn.eps,
         momentum,
@@ -134,6 +141,13 @@ def _conv_bn(module: nn.Module, paths: ConvBnPath) -> f.ConvBn:
         relu,
         group,
     )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """A stride, padding or dilation as torch's convolution understands it: one number stands for both."""
+    if type(value) is tuple:
+        return value
+    return (value, value) if isinstance(value, int) else tuple(value) * (3 - len(value))
 
 
 def _group(bn: Any) -> Any:
@@ -176,6 +190,10 @@ def collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.ConvB
         if m is None:
             continue
         check_idle(path, m)
+    every = [*layers, *([projection] if projection else [])]
+    moved = [id(la.running_mean) for la in every if la.batch_stats and la.running_mean is not None]
+    if len(set(moved)) < len(moved):
+        raise Refusal("one batch norm stands in two places, and its statistics move from one to the other")
     return layers, projection
 
 
@@ -367,8 +385,9 @@ def check_input(x: Any, layers: list[f.ConvBn], dtype: torch.dtype | None) -> No
     empty = x.numel() == 0 and not any(la.group is not None for la in layers)
     if x.dim() != 4 or empty or x.shape[1] != w.shape[1] * layers[0].groups:
         raise Refusal(f"x is {tuple(x.shape)}, supported are non-empty (N, {w.shape[1] * layers[0].groups}, H, W)")
-    if x.dtype not in DTYPES or x.device.type not in ("cpu", "cuda"):
-        raise Refusal(f"x is {x.dtype} on {x.device}, supported are float32, bfloat16, float16 on cpu and cuda")
+    if x.dtype not in DTYPES or x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided:
+        found = f"{x.dtype}, {x.layout} on {x.device}"
+        raise Refusal(f"x is {found}, supported are float32, bfloat16, float16, strided, on cpu and cuda")
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = dtype or x.dtype
     for layer in layers:
@@ -386,6 +405,8 @@ def is_usual(x: Any, prepared: f.Prepared) -> bool:
     """What ``check_input`` accepts without autocast, for the most frequent case and in a fraction of its time."""
     if type(x) is not Tensor or x.dim() != 4 or not (x.is_cpu or x.is_cuda) or x.dtype not in DTYPES:
         return False
+    if x.layout is not torch.strided:
+        return False
     device, dtype = x.get_device(), x.dtype
     for w in prepared.weights:
         if w.dtype is not dtype or w.get_device() != device or type(w) is not nn.Parameter:
@@ -396,21 +417,36 @@ def is_usual(x: Any, prepared: f.Prepared) -> bool:
 
 def check_given(residual: Any, x: Tensor, layers: list[f.ConvBn]) -> None:
     """Refuse a residual from elsewhere that torch's rules of broadcasting would have to judge."""
-    n, k = x.shape[0], layers[-1].weight.shape[0]
-    size = list(x.shape[2:])
+    shape = (x.shape[0], layers[-1].weight.shape[0], *_sizes(x, layers)[-1])
+    if tuple(residual.shape) != shape:
+        raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {shape}")
+
+
+def _sizes(x: Tensor, layers: list[f.ConvBn]) -> list[tuple[int, int]]:
+    """Height and width of every layer's output."""
+    size, sizes = list(x.shape[2:]), []
     for layer in layers:
         for i in (0, 1):
             span = layer.dilation[i] * (layer.weight.shape[2 + i] - 1)
             size[i] = (size[i] + 2 * layer.padding[i] - span - 1) // layer.stride[i] + 1
-    if tuple(residual.shape) != (n, k, *size):
-        raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {(n, k, *size)}")
+        sizes.append((size[0], size[1]))
+    return sizes
+
+
+def check_values(x: Tensor, layers: list[f.ConvBn]) -> None:
+    """Refuse, before a shortcut is called, what a batch norm of the main path would: one value per channel."""
+    if x.shape[0] == 1 and any(
+        layer.batch_stats and layer.group is None and size == (1, 1)
+        for layer, size in zip(layers, _sizes(x, layers), strict=True)
+    ):
+        raise Refusal("there is one value per channel")
 
 
 def check_summand(t: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a residual from elsewhere that torch's rules of promotion would have to judge."""
     if type(t) is not Tensor and type(t) is not nn.Parameter:
         raise Refusal(f"a summand is {type(t).__name__}, supported is torch.Tensor")
-    if t.dim() != 4 or t.dtype != dtype or t.device != device:
+    if t.dim() != 4 or t.dtype != dtype or t.device != device or t.layout is not torch.strided:
         raise Refusal(f"a summand is {tuple(t.shape)}, {t.dtype} on {t.device}, the other one {dtype} on {device}")
 
 

@@ -224,7 +224,8 @@ class _Residual(FusedModule):
             out = getattr(self, layer.bn)(getattr(self, layer.conv)(out))
             if i < len(self._layers) - 1:
                 out = F.relu(out)
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        total = out + (x if self.downsample is None else self.downsample(x))
+        return F.relu(total.to(out.dtype))  # under autocast as the fused forward, which stays in the low dtype
 
 
 class BasicBlock(_Residual):

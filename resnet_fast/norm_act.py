@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import functional as f
 from . import ops
-from .autograd import layer_tensors, scale_shift, update_running
+from .autograd import each_gradient, layer_tensors, scale_shift, update_running
 from .dispatch import forced_backend, use_backend
 from .guards import DTYPES, Work, check_context, faster_unfused, relu_of
 from .plan import NormAct, Refusal, check_idle, check_plain, find, norm_of
@@ -46,7 +46,8 @@ def _affine(static: _Static, x: Tensor, *vectors: Tensor | None) -> tuple[Tensor
         update_running([static.layer], (mean, var), empty=False)
         return mean, rstd, scale, shift
     assert mean is not None and var is not None
-    return mean, *scale_shift(mean, var, gamma, beta, static.eps)
+    # A copy: backward is of these statistics, whatever has become of the running ones by then.
+    return mean.clone(), *scale_shift(mean, var, gamma, beta, static.eps)
 
 
 class _NormAct(torch.autograd.Function):
@@ -61,6 +62,7 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @each_gradient
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         static: _Static = ctx.static
         x, mean, rstd, scale, shift = ctx.saved_tensors
@@ -117,6 +119,8 @@ def run(module: nn.Module, plan: NormAct, x: Any, backend: str | None = None) ->
     vectors = [v for v in (mean, var, gamma, beta) if v is not None]
     if type(x) is not Tensor or x.dim() != 4 or x.numel() == 0 or x.device.type not in ("cpu", "cuda"):
         raise Refusal("x is no tensor (N, C, H, W) on cpu or cuda, or is empty")
+    if x.layout is not torch.strided:
+        raise Refusal(f"x is {x.layout}, supported is torch.strided")
     kinds = (x.dtype,) if norm.frozen else (x.dtype, torch.float32)
     if x.dtype not in DTYPES or any(v.device != x.device or v.dtype not in kinds for v in vectors):
         raise Refusal(f"x is {x.dtype} on {x.device}, which {plan.bn} or our kernels do not take")
@@ -146,8 +150,8 @@ def run(module: nn.Module, plan: NormAct, x: Any, backend: str | None = None) ->
     static = _Static(layer.eps, batch_stats, relu, layer)
     with use_backend(backend) if backend else contextlib.nullcontext():
         if needs_grad:
-            return _NormAct.apply(static, x, *tensors)
-        return ops.affine_act(x, *_affine(static, x, *tensors)[2:], relu=relu)
+            return f.one_channel(_NormAct.apply(static, x, *tensors))
+        return f.one_channel(ops.affine_act(x, *_affine(static, x, *tensors)[2:], relu=relu))
 
 
 def _as_torch(x: Tensor, layer: f.ConvBn, relu: bool) -> Tensor:

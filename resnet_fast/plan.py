@@ -120,6 +120,8 @@ class BlockPlan:
             batch norm and ReLU before it; another pooling, or none, is called as it is. True where the block calls
             F.max_pool2d(x, 3, 2, 1) as a function.
         check: raises Refusal where the module is no longer what the plan was made for, beyond what paths can tell.
+        promotes: the sum is ``out + x``, a new tensor in the wider of two dtypes, as float32 is beside autocast's;
+            False: ``out += x``, which stays in the dtype of ``out``, the main path.
     """
 
     kind: str
@@ -128,6 +130,7 @@ class BlockPlan:
     idle: tuple[str, ...] = ()
     pool: str | bool | None = None
     check: Check | None = None
+    promotes: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.shortcut, str) and self.shortcut not in ("identity", "given"):
@@ -161,9 +164,13 @@ class BlockPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Join:
-    """The end of a block by itself: relu(x + residual). ``act``: path of the ReLU; True where it is a function."""
+    """The end of a block by itself: relu(x + residual). ``act``: path of the ReLU; True where it is a function.
+
+    ``promotes`` as for :class:`BlockPlan`.
+    """
 
     act: str | bool
+    promotes: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from .guards import (
     check_given,
     check_input,
     check_summand,
+    check_values,
     decide,
     faster_unfused,
     global_hook,
@@ -88,9 +89,11 @@ def run(
         raise Slower(decision.reason)
     check_context()
     if backend is None:
-        return _run(module, plan, x, cache, handed, residual)
-    with use_backend(backend):
-        return _run(module, plan, x, cache, handed, residual)
+        z, on = _run(module, plan, x, cache, handed, residual)
+    else:
+        with use_backend(backend):
+            z, on = _run(module, plan, x, cache, handed, residual)
+    return f.one_channel(z), on
 
 
 def run_join(module: nn.Module, plan: Join, x: Any, residual: Any, backend: str | None = None) -> Tensor:
@@ -100,24 +103,26 @@ def run_join(module: nn.Module, plan: Join, x: Any, residual: Any, backend: str 
         raise Refusal(f"{plan.act} is no ReLU")
     if type(x) is not Tensor or x.dim() != 4 or x.dtype not in DTYPES or x.device.type not in ("cpu", "cuda"):
         raise Refusal("a sum is not of tensors (N, C, H, W) in float32, bfloat16, float16 on cpu and cuda")
+    check_summand(x, x.dtype, x.device)
     check_summand(residual, x.dtype, x.device)
     if x.shape != residual.shape:
         raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {tuple(x.shape)}")
     if backend is None:
-        return f.add_relu(x, residual)
+        return f.one_channel(f.add_relu(x, residual))
     with use_backend(backend):
-        return f.add_relu(x, residual)
+        return f.one_channel(f.add_relu(x, residual))
 
 
 def _run(
     module: nn.Module, plan: BlockPlan, x: Tensor, cache: FoldCache, handed: Handed, residual: Tensor | None
 ) -> tuple[Tensor, Handed]:
     situation, folded = None, None
-    is_plain = type(x) is Tensor and x.device.type == "cpu" and not torch.is_grad_enabled()
-    if is_plain:
+    if type(x) is Tensor and x.layout is torch.strided and x.device.type == "cpu" and not torch.is_grad_enabled():
         situation = _situation(module, x, handed)
         folded = cache.recall(situation)
     if folded is None:
+        if plan.promotes and plan.shortcut == "identity":
+            _check_promotion(x, handed)
         seen = look(module, plan, cache)
         layers, projection = seen.found
         every = [*layers, projection] if projection else layers
@@ -137,6 +142,8 @@ def _run(
                 if z is not None:
                     return z, _OUTSIDE
     if isinstance(plan.shortcut, Opaque):
+        if folded is None:
+            check_values(x, layers)
         x, handed = narrow(x, handed), handed._replace(dtype=None)
         residual = find(module, plan.shortcut.path)(x)
     dtype = handed.dtype or x.dtype
@@ -174,6 +181,15 @@ def _run(
     return z if pool is None or known else pool(z), _OUTSIDE
 
 
+def _check_promotion(x: Any, handed: Handed) -> None:
+    """Refuse a sum with ``x`` that torch makes in a wider dtype than autocast's."""
+    if type(x) is not Tensor or not torch.is_autocast_enabled(x.device.type):
+        return
+    low, found = torch.get_autocast_dtype(x.device.type), handed.dtype or x.dtype
+    if torch.promote_types(low, found) != low:
+        raise Refusal(f"the sum of {low} and x, which is {found}, is in {torch.promote_types(low, found)}")
+
+
 def program(
     stage: nn.Module, plans: list[BlockPlan], caches: list[FoldCache], situation: tuple[Any, ...]
 ) -> Program | None:
@@ -198,7 +214,9 @@ def program(
 
 def stage_situation(stage: nn.Module, x: Any, handed: Handed) -> tuple[Any, ...] | None:
     """``_situation`` of a whole stage; None where it must not run as a program."""
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or transformed() or global_hook():
+    if type(x) is not Tensor or x.layout is not torch.strided or x.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    if transformed() or global_hook():
         return None
     return _situation(stage, x, handed)
 
@@ -208,7 +226,7 @@ def run_program(program: Program, x: Tensor, handed: Handed) -> tuple[Tensor, Ha
     answer = program(x, handed.bound)
     if answer is None:
         return None
-    z, bound = answer
+    z, bound = f.one_channel(answer[0]), answer[1]
     kind, dtype = x.device.type, handed.dtype or x.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -254,8 +272,12 @@ def run_unfused(module: nn.Module, plan: BlockPlan | Join, x: Tensor, residual: 
         x = find(module, layer.conv)(x)
         return x if layer.bn.startswith(f"{layer.conv}.") else find(module, layer.bn)(x)
 
+    def total(x: Tensor, residual: Any) -> Tensor:
+        z = x + residual
+        return z if plan.promotes else z.to(x.dtype)
+
     if isinstance(plan, Join):
-        return act(plan.act, x + residual)
+        return act(plan.act, total(x, residual))
     side = x
     for i, layer in enumerate(plan.layers):
         x = norm(layer, x)
@@ -264,7 +286,7 @@ def run_unfused(module: nn.Module, plan: BlockPlan | Join, x: Tensor, residual: 
                 residual = norm(plan.shortcut, side)
             elif plan.shortcut != "given":
                 residual = side if plan.shortcut == "identity" else find(module, plan.shortcut.path)(side)  # type: ignore[union-attr]
-            x = x + residual
+            x = total(x, residual)
         if not layer.has_inner_act:
             x = act(layer.act, x)
     pool = POOL if plan.pool is True else None if plan.pool is None else find(module, str(plan.pool))

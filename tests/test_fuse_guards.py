@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.utils.prune
@@ -105,6 +107,54 @@ def test_not_finite_weights_come_out_as_in_torch() -> None:
     plain.layer2[0].conv1.weight.data[3, 2, 1, 1] = float("nan")
     assert run(plain).isnan().all()
     assert run(resnet_fast.fuse(plain)).isnan().all()
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", [int, list])
+def test_a_stride_set_by_hand(kind: type, train: bool) -> None:
+    """conv.stride = 1, or [1, 1]: torch takes one number for both sides, and any sequence."""
+    block = net().layer2[0].train(train)
+    before = copy.deepcopy(block)
+    for conv in (block.conv1, block.conv2):
+        for name in ("stride", "padding", "dilation"):
+            first, _ = getattr(conv, name)
+            setattr(conv, name, first if kind is int else [first, first])
+    x = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(resnet_fast.fuse(block)(x), before(x), rtol=1e-4, atol=1e-4)
+    assert statuses(block) == {"partly"}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_one_norm_in_two_places(momentum: float | None) -> None:
+    """Its running statistics move twice a forward, the second time from where the first one left them."""
+    plain = net().layer1[0].train()
+    plain.bn2 = plain.bn1
+    plain.bn1.momentum = momentum
+    ours = resnet_fast.fuse(copy.deepcopy(plain))
+    x = torch.randn(2, 16, 8, 8)
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(plain.named_buffers()), rtol=1e-4, atol=1e-5)
+    assert "two places" in resnet_fast.explain(ours)[0].reason
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_mkldnn"])
+def test_other_layouts_are_torchs_own_affair(layout: str) -> None:
+    """Of a convolution by itself, of a norm by itself, and of a network: the same result, or the same error."""
+    networks = [net(), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval(), nn.Sequential(*list(net().children())[:2])]
+    for plain in networks:
+        results = []
+        for model in (plain, resnet_fast.fuse(copy.deepcopy(plain))):
+            try:
+                results.append(run(model, getattr(X, layout)()).to_dense())
+            except (RuntimeError, NotImplementedError) as error:
+                results.append(str(error))
+        if isinstance(results[0], str):
+            assert results[0] == results[1]
+        else:
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
 
 
 def test_statistics_of_the_swapped_norm_are_seen() -> None:

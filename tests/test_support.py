@@ -34,7 +34,7 @@ def test_example(row: dict[str, Any], example: dict[str, Any]) -> None:
 
     size = example.get("size", 64)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    model, rows = compare(make, x, train=example.get("train", True), generic=row.get("generic", False))
+    model, rows = compare(make, x, generic=row.get("generic", False))
     assert list(norms(model)) == example["norms"], f"\n{rows}"
     for reason in example.get("reasons", []):
         assert any(reason in r.reason for r in rows if r.status != "fused"), f"{reason!r} is not in\n{rows}"

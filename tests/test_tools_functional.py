@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from tests.tools import FUSED, assert_same_state, fused_rows, images, loss_of, near, pair
+import resnet_fast
+from tests.fusing import calibrated
+from tests.tools import FUSED, assert_same_state, fused_rows, images, loss_of, near, pair, small
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -153,6 +157,74 @@ def test_partial_gradients() -> None:
     for mine, theirs in zip(results[1], results[0], strict=True):
         near(mine, theirs)
     assert_same_state(ours, plain)
+
+
+def norm_first() -> nn.Module:
+    """A batch norm and ReLU with no convolution before them, then a layer, frozen statistics in both or none."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
+
+
+def both(make: Callable[[], nn.Module], train: bool) -> tuple[nn.Module, nn.Module]:
+    """The original, and a fused copy."""
+    plain = calibrated(make()).train(train)
+    return plain, resnet_fast.fuse(copy.deepcopy(plain))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("make", [small, norm_first], ids=lambda make: make.__name__)
+def test_batches_of_gradients(make: Callable[[], nn.Module], train: bool) -> None:
+    """A Jacobian in one go: the backward runs under vmap, the forward did not."""
+    plain, ours = both(make, train)
+    results = []
+    for model in (plain, ours):
+        x = images().requires_grad_()
+        wanted = [x, next(model.parameters())]
+        z = model(x).flatten()[:3]
+        each = lambda v, z=z, wanted=wanted: torch.autograd.grad(z, wanted, v, retain_graph=True)  # noqa: E731
+        looped = [torch.stack(g) for g in zip(*map(each, torch.eye(3)), strict=True)]
+        mapped = vmap(each)(torch.eye(3))
+        nested = vmap(vmap(each))(torch.eye(3)[None])
+        batched = torch.autograd.grad(z, wanted, torch.eye(3), is_grads_batched=True)
+        results.append([*looped, *mapped, *(g[0] for g in nested), *batched])
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        near(mine, theirs)
+    assert all(row.status == "fused" for row in resnet_fast.explain(ours))
+
+
+@pytest.mark.parametrize("make", [small, norm_first], ids=lambda make: make.__name__)
+def test_a_backward_is_of_the_statistics_of_its_forward(make: Callable[[], nn.Module]) -> None:
+    """A pass by the running statistics, one that moves them, one backward: torch itself reads the moved ones."""
+    plain, ours = both(make, train=False)
+    twin = copy.deepcopy(plain).train()
+    (loss_of(ours, images()) + loss_of(ours.train(), images() + 1)).backward()
+    loss_of(plain, images()).backward()
+    loss_of(twin, images() + 1).backward()
+    for (name, p), other, mine in zip(plain.named_parameters(), twin.parameters(), ours.parameters(), strict=True):
+        near(mine.grad, p.grad + other.grad, name)  # type: ignore[arg-type,operator]
+    assert all(row.status == "fused" for row in resnet_fast.explain(ours))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_what_is_written_between_forward_and_backward(train: bool) -> None:
+    """A weight: torch's error. What backward does not read any more: the gradients of the forward that was."""
+    plain, ours = pair(train)
+    loss_of(plain, images()).backward()
+    loss = loss_of(ours, images())
+    with torch.no_grad():
+        for m in ours.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for t in (m.weight, m.bias, m.running_mean, m.running_var):
+                    t.mul_(3)
+    loss.backward()
+    for (name, p), mine in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        near(mine.grad, p.grad, name)  # type: ignore[arg-type]
+    for model in (plain, ours):
+        loss = loss_of(model, images())
+        with torch.no_grad():
+            model.layer1[1].conv2.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_double_backward_is_an_error_not_a_wrong_number() -> None:

@@ -26,7 +26,7 @@ _SUMS = (operator.add, operator.iadd, torch.add)
 class Found(NamedTuple):
     """A chain, a join or a pair in a graph. ``layers`` is empty for the latter two.
 
-    ``norm``: the path of a pair's norm; ``residual``: the node of a "given" shortcut.
+    ``norm``: the path of a pair's norm; ``residual``: the node of a "given" shortcut; ``promotes`` as in a plan.
     """
 
     layers: tuple[ConvBnPath, ...]
@@ -37,6 +37,7 @@ class Found(NamedTuple):
     idle: tuple[str, ...]
     act: str | bool = False
     norm: str = ""
+    promotes: bool = False
 
     @property
     def end(self) -> fx.Node:
@@ -200,7 +201,8 @@ def _joined(module: nn.Module, total: fx.Node, ends: dict[fx.Node, Found], order
     is_sum = is_sum or (total.op == "call_method" and total.target in ("add", "add_"))
     if not is_sum or len(total.args) != 2 or total.kwargs or total.args[0] is total.args[1]:
         return None
-    if total.target in (operator.iadd, "add_") and not _is_private(module, total.args[0]):
+    promotes = total.target not in (operator.iadd, "add_")
+    if not promotes and not _is_private(module, total.args[0]):
         return None
     passed: tuple[list[fx.Node], list[fx.Node]] = ([], [])
     sides = [_behind(module, arg, steps) for arg, steps in zip(total.args, passed, strict=True)]
@@ -230,13 +232,14 @@ def _joined(module: nn.Module, total: fx.Node, ends: dict[fx.Node, Found], order
             shortcut, extra, idle = side.layers[0], side.nodes, idle + side.idle
         nodes = (*main.nodes, *extra, *steps, *tail)
         residual = other if shortcut == "given" else None
-        found = Found(layers, shortcut, main.input, residual, nodes, main.idle + idle)
+        found = Found(layers, shortcut, main.input, residual, nodes, main.idle + idle, promotes=promotes)
         if _undisturbed(module, found, order):
             return found
     if act is False:
         return None
     assert isinstance(total.args[0], fx.Node) and isinstance(total.args[1], fx.Node)
-    return Found((), "given", total.args[0], total.args[1], tuple(tail), _paths(acted[: len(tail) - 1]), act)
+    left = _paths(acted[: len(tail) - 1])
+    return Found((), "given", total.args[0], total.args[1], tuple(tail), left, act, promotes=promotes)
 
 
 def _is_private(module: nn.Module, node: Any) -> bool:

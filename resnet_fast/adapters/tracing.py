@@ -365,7 +365,9 @@ class _Way(NamedTuple):
 def _part_plan(kind: str, part: Found) -> BlockPlan | Join | NormAct:
     if part.norm:
         return NormAct(part.norm, part.act)
-    return BlockPlan(kind, part.layers, part.shortcut) if part.layers else Join(part.act)
+    if not part.layers:
+        return Join(part.act, part.promotes)
+    return BlockPlan(kind, part.layers, part.shortcut, promotes=part.promotes)
 
 
 def _assemble(
@@ -408,7 +410,9 @@ def _assemble(
     block = None
     is_block = len(parts) == 1 and parts[0].layers and parts[0].input is first and parts[0].shortcut != "given"
     if is_block and len(rest) == 1 and out.args[0] is rest[0]:
-        block = BlockPlan(kind or _kind(parts[0]), parts[0].layers, parts[0].shortcut, idle, check=check)
+        block = BlockPlan(
+            kind or _kind(parts[0]), parts[0].layers, parts[0].shortcut, idle, check=check, promotes=parts[0].promotes
+        )
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(code.src, scope)
