@@ -50,10 +50,11 @@ class Engine:
                 run = ENGINES[self._name](model, x, _called(self._x))
             except ModuleNotFoundError as error:
                 raise ImportError(f"{error.name} is not installed. Remedy: pip install -e .[engines]") from error
+            reference = tensors(model(x))[0].double()
         found = torch.from_numpy(run()).double()
-        apart = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-        if not apart <= (1e-3 if self._x.dtype == torch.float32 else 0.1):
-            raise RuntimeError(f"{self._name}: its numbers are {apart:.1%} off the model's")
+        ours, theirs = (float((t - reference).norm() / reference.norm().clamp(min=1e-30)) for t in (expected, found))
+        if not theirs <= 4 * ours + 1e-3:  # what a low dtype costs, and how much of it, is the network's affair
+            raise RuntimeError(f"{self._name}: its numbers are {theirs:.1%} off the model's in float32")
         return run
 
 
