@@ -305,6 +305,8 @@ def layers(
         taps = draw(st.sampled_from((1, 3, 3, 5, 2, (1, 3), (3, 2)))) if kernel is None else kernel
         steps = draw(st.sampled_from((1, 1, 2, 3, (1, 2)))) if stride is None else stride
         dilation = draw(st.sampled_from((1, 1, 2, (2, 1))))
+        if isinstance(taps, tuple):  # torch's own convolution crashes where a filter one tap wide is dilated, in groups
+            dilation = tuple(1 if r == 1 else d for r, d in zip(taps, both(dilation), strict=True))  # type: ignore[assignment]
         spread = draw(st.integers(0, 1))
         padding = tuple(d * (r // 2) + spread for d, r in zip(both(dilation), both(taps), strict=True))  # type: ignore[assignment]
     fits = [g for g in range(1, min(c, k) + 1) if c % g == 0 and k % g == 0]
@@ -504,7 +506,7 @@ def judge(
     scale = ref[ref.isfinite()].abs().amax().item() if ref.isfinite().any() else 0.0
     found, allowed = error(ours, ref), 2 * own + 4 * eps * scale
     if name.startswith("d"):
-        allowed += 4 * eps * largest if scale < eps**0.5 * largest else 0.0
+        allowed += 4 * eps * largest if scale < eps**0.25 * largest else 0.0
     elif scale < eps**0.5:
         # All cancels, as where a batch norm without affine gets one value: float32's rounding of y * rstd is left.
         allowed += 4 * torch.finfo(torch.float32).eps * 1e-5**-0.5
