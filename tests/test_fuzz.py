@@ -504,7 +504,7 @@ def error(ours: Tensor, ref: Tensor) -> float:
 def judge(
     name: str, ours: Tensor | None, theirs: list[Any], ref: Any, eps: float, decided: bool, exact: bool, largest: float
 ) -> None:
-    """``decided``: rounding decides no ReLU and no maximum. ``exact``: no batch norm divides by what rounding left over.
+    """``decided``: rounding decides no ReLU and no maximum. ``exact``: no batch norm divides by what rounding left.
 
     ``largest``: of all gradients. Beside it one that cancels (below a batch norm of two values, say) is rounding.
     """
