@@ -482,7 +482,9 @@ def margins() -> Iterator[Margins]:
                 found.decisions.append((low.item(), x.abs().max().item()))
             if name == "batch_norm" and (kwargs or {}).get("training") and args[0].numel():
                 x = args[0].detach()
-                found.spreads.append((x.std((0, 2, 3), correction=0).min().item(), x.abs().max().item()))
+                spread = x.std((0, 2, 3), correction=0).min().item()
+                # Two values become 1 and -1 whatever they are: all gradients before are what rounding left, too.
+                found.spreads.append((0.0 if x.numel() <= 2 * x.shape[1] else spread, x.abs().max().item()))
             return function(*args, **(kwargs or {}))
 
     with Watch():
@@ -530,6 +532,8 @@ def judge(
     if not exact or (not decided and name.startswith("d")):
         distance = lambda t: (t.double() - ref)[t.isfinite() & ref.isfinite()].norm().item()  # noqa: E731
         loose = 3 * max(map(distance, theirs)) + 30 * eps * ref[ref.isfinite()].norm().item() + 1e-30
+        if not exact and name.startswith("d"):
+            loose += 16 * eps * largest
         found, allowed = distance(ours), max(allowed, loose)
     assert found <= allowed, (
         f"{name}: error {found:.3g}, torch's own {own:.3g}, allowed {allowed:.3g}, max|ref| {scale:.3g}"
