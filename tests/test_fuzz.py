@@ -585,7 +585,7 @@ def compare(example: Example) -> None:
     if isinstance(mine, Exception):
         raise mine
     decided = all(low > 16 * eps * high for low, high in met.decisions)
-    exact = all(low > 16 * eps * high for low, high in met.spreads)
+    exact = all(low > 4 * eps * high for low, high in met.spreads)
     try:
         judge_all(mine, theirs, ref, eps, decided, exact)
     except AssertionError:
