@@ -466,7 +466,7 @@ class Margins(NamedTuple):
 
     decisions: list[tuple[float, float]]
     spreads: list[tuple[float, float]]
-    slits: list[bool]  # of every convolution: whether it strides over an image one wide
+    idle: list[bool]  # of every convolution: whether it has taps that meet the padding alone
 
 
 @contextmanager
@@ -482,7 +482,7 @@ def margins() -> Iterator[Margins]:
                 low = lead(x) if name == "max_pool2d" else x.abs().min()
                 found.decisions.append((low.item(), x.abs().max().item()))
             if name == "conv2d":
-                found.slits.append(args[0].shape[-1] == 1 < both(args[3])[1])
+                found.idle.append(has_idle_taps(*args[:2], *map(both, args[3:6])))
             if name == "batch_norm" and (kwargs or {}).get("training") and args[0].numel():
                 x = args[0].detach()
                 spread = x.std((0, 2, 3), correction=0).min().item()
@@ -492,6 +492,16 @@ def margins() -> Iterator[Margins]:
 
     with Watch():
         yield found
+
+
+def has_idle_taps(x: Tensor, w: Tensor, *geometry: tuple[int, int]) -> bool:
+    """``geometry``: stride, padding, dilation."""
+    for size, taps, step, pad, spread in zip(x.shape[-2:], w.shape[-2:], *geometry, strict=True):
+        last = (size + 2 * pad - spread * (taps - 1) - 1) // step
+        met = [{tap * spread - pad + step * o for o in range(last + 1)} & set(range(size)) for tap in range(taps)]
+        if not all(met):
+            return True
+    return False
 
 
 def lead(x: Tensor) -> Tensor:
@@ -567,8 +577,8 @@ def compare(example: Example) -> None:
     mine = outcome(lambda: measure(ours, image, example))
     with margins() as met:
         ref: Any = outcome(lambda: measure(wide, image.double(), example))
-    if torch.bfloat16 in (example.dtype, example.autocast) and any(met.slits):
-        return  # of those torch's own gradients of the weights are partly unwritten memory
+    if torch.bfloat16 in (example.dtype, example.autocast) and any(met.idle):
+        return  # of those torch's own gradients of the weights may be unwritten memory
     eps = example.eps
 
     def draw(channels_last: bool, onednn: bool, nudge: int) -> Any:

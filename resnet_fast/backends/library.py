@@ -125,6 +125,17 @@ def conv_dgrad(
     return dx if residual is None else dx.add_(residual)
 
 
+def _idle_taps(
+    x: Tensor, dy: Tensor, weight_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> bool:
+    """Whether there are taps that meet the padding alone."""
+    return any(
+        not any(0 <= tap * dilation[i] - padding[i] + stride[i] * o < x.shape[i + 2] for o in range(dy.shape[i + 2]))
+        for i in (0, 1)
+        for tap in range(weight_size[i + 2])
+    )
+
+
 def conv_wgrad(
     dy: Tensor,
     x: Tensor,
@@ -138,8 +149,12 @@ def conv_wgrad(
     if dy.device.type == "cpu" and _is_pointwise(weight_size, padding, groups):
         operand = _rows(x) if stride == [1, 1] else _strided(x, stride).reshape(-1, x.shape[1])
         return (_rows(dy).t() @ operand).view(weight_size)
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[3] == 1 < stride[1]:
-        # oneDNN 3.12 leaves unwritten what taps gather that meet the padding alone.
+    if (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and _idle_taps(x, dy, weight_size, stride, padding, dilation)
+    ):
+        # oneDNN 3.12 may leave their gradients unwritten.
         return conv_wgrad(dy.float(), x.float(), weight_size, stride, padding, dilation, groups).to(x.dtype)
     w = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
     dw = torch.ops.aten.convolution_backward(
