@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from . import buffers, switches
-from .autograd import ConvBn, layer_tensors, scale_shift
 from .dispatch import backend, choose, hook, prepare, reasons
 from .functional import to_channels_last
+from .layers import ConvBn, layer_tensors, scale_shift
 from .watch import Watch
 
 __all__ = ["FoldCache", "Folded", "Program", "arithmetic", "cast", "folded_block", "magnitude"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import AddRelu, Block, ConvBn, Moves, Static, forward_block, layer_tensors, unit, update_running
+from .autograd import AddRelu, Block, Static, forward_block
+from .layers import ConvBn, Moves, layer_tensors, unit, update_running
 
 __all__ = [
     "ConvBn",

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import dispatch, ops, tables
 from . import functional as f
-from .autograd import ConvBn, layer_tensors, scale_shift
 from .dispatch import choose, forced_backend, hook, use_backend
+from .layers import ConvBn, layer_tensors, scale_shift
 from .tables import Candidate, Row, Signature
 
 __all__ = [

@@ -17,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from . import functional as f
 from . import ops
-from .autograd import each_gradient, layer_tensors, scale_shift, update_running
+from .autograd import each_gradient
 from .dispatch import forced_backend, use_backend
 from .guards import DTYPES, Work, check_context, faster_unfused, relu_of
+from .layers import layer_tensors, scale_shift, update_running
 from .plan import NormAct, Refusal, check_idle, check_plain, find, norm_of
 
 __all__ = ["refusal", "run", "run_unfused"]

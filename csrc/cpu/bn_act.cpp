@@ -153,8 +153,7 @@ void normalise(const Args& args, int64_t first, int64_t count, const double (&me
     found[1][i] = static_cast<float>(squares / unbiased);
     found[2][i] = static_cast<float>(rstd);
     found[3][i] = scale;
-    // Of the scale as it is rounded: y * scale + shift is then beta at the mean, however large
-    // that.
+    // Of the scale as it is rounded: y * scale + shift is then beta at any mean.
     found[4][i] = static_cast<float>(beta[i] - mean[i] * scale);
   }
   float* const out[5] = {args.mean, args.var, args.rstd, args.scale, args.shift};

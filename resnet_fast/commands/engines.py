@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .judging import name_of
 from .steps import in_layout, tensors
 
 __all__ = ["ENGINES", "TITLES", "Engine"]
@@ -62,7 +63,7 @@ def _called(x: Tensor) -> str:
     """The dtype of ``x`` as engines call it: "f32" or "bf16". RuntimeError for others."""
     names = {torch.float32: "f32", torch.bfloat16: "bf16"}
     if x.dtype not in names:
-        raise RuntimeError(f"{str(x.dtype).removeprefix('torch.')}; supported are float32 and bfloat16")
+        raise RuntimeError(f"{name_of(x.dtype)}; supported are float32 and bfloat16")
     return names[x.dtype]
 
 
