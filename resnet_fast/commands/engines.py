@@ -53,9 +53,9 @@ class Engine:
                 raise ImportError(f"{error.name} is not installed. Remedy: pip install -e .[engines]") from error
             reference = tensors(model(x))[0].double()
         found = torch.from_numpy(run()).double()
-        ours, theirs = (float((t - reference).norm() / reference.norm().clamp(min=1e-30)) for t in (expected, found))
-        if not theirs <= 4 * ours + 1e-3:  # what a low dtype costs, and how much of it, is the network's affair
-            raise RuntimeError(f"{self._name}: its numbers are {theirs:.1%} off the model's in float32")
+        torchs, engines = (float((t - reference).norm() / reference.norm().clamp(min=1e-30)) for t in (expected, found))
+        if not engines <= 4 * torchs + 1e-3:  # what a low dtype costs, and how much of it, is the network's affair
+            raise RuntimeError(f"{self._name}: its numbers are {engines:.1%} off the model's in float32")
         return run
 
 
