@@ -2,15 +2,18 @@
 
 ``pytest --benchmark benchmarks/bench_ops.py``. Groups are one step on one shape; ``extra_info`` holds, for the
 memory-bound rows, GB/s of the minimal traffic and the share of what a copy of as many bytes reached in the same run,
-and for convolutions GFLOP/s. ``bench_kernel`` times each memory-bound op alone, with outputs in fresh memory, as an op
-returns them, and in memory that is used again, which leaves the kernel without the allocator's page faults. On a GPU a
-round is N launches between two CUDA events, 1 ms or more (not yet run on a GPU).
+and for convolutions GFLOP/s. ``bench_kernel`` times each memory-bound op alone: with outputs in fresh memory, as an op
+returns them; in the same memory again, which leaves the kernel without the allocator's page faults, and small tensors
+in a cache; and in turn on many operands of which no cache holds one until its turn comes again, as in a network, which
+is the share of memory's bandwidth. The copy beside it finds its operands as the op does. On a GPU a round is N launches
+between two CUDA events, 1 ms or more (not yet run on a GPU).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,6 +34,8 @@ CONTENDERS = ("ours", "eager", "channels_last", "compile")
 BATCH = {"cpu": 4, "cuda": 128}
 #: Of the kernels alone: activations that no cache holds.
 KERNEL_BATCH = {"cpu": 16, "cuda": 128}
+#: Bytes of operands taken in turn, of which a cache keeps none: several times a GPU's L2 or a CPU's last level.
+COLD = 1 << 30
 #: Large and small activations; few channels and many. Compiling each takes seconds on a CPU: there are no more.
 LAYERS = {"bn_act": ("s1_expand_1x1", "s4_expand_1x1"), "conv": ("s2_expand_1x1", "s4_3x3")}
 KERNEL_LAYERS = ("stem_7x7_2", "s1_expand_1x1", "s2_3x3", "s3_expand_1x1", "s4_expand_1x1")
@@ -185,11 +190,14 @@ STEPS: dict[str, Callable[[str, Case, torch.dtype, str], Step]] = {
 }
 
 
-def _copy_bandwidth(traffic: int, device: str) -> float:
-    """GB/s of a copy that reads and writes ``traffic`` bytes in all: the best of several, in this very run."""
-    source = torch.zeros(traffic // 8, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    return traffic / 1e9 / run_rounds(lambda: target.copy_(source), device, seconds=0.1).p20
+def _copy_bandwidth(traffic: int, device: str, sets: int) -> float:
+    """GB/s of a copy that reads and writes ``traffic`` bytes in all, of ``sets`` in turn: the best of several, in this
+    very run.
+    """
+    source = torch.zeros(sets, traffic // 8, dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)
+    copies = itertools.cycle([functools.partial(t.copy_, s) for t, s in zip(target, source, strict=True)])
+    return traffic / 1e9 / run_rounds(lambda: next(copies)(), device, seconds=0.1).p20
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
@@ -214,9 +222,9 @@ def bench_op(benchmark: Any, device: str, step: str, layer: str, dtype: torch.dt
         _add_bandwidth(info, made.traffic, rounds.p50, device)
 
 
-def _add_bandwidth(info: dict[str, Any], traffic: int, seconds: float, device: str) -> None:
+def _add_bandwidth(info: dict[str, Any], traffic: int, seconds: float, device: str, sets: int = 1) -> None:
     info["GB/s"] = traffic / seconds / 1e9
-    info["copy GB/s"] = _copy_bandwidth(traffic, device)
+    info["copy GB/s"] = _copy_bandwidth(traffic, device, sets)
     info["share of copy"] = info["GB/s"] / info["copy GB/s"]
 
 
@@ -242,7 +250,14 @@ def _same_memory(op: str, kwargs: dict[str, Any]) -> Callable[[], Any]:
     return lambda: [again() for again in launches]
 
 
-@pytest.mark.parametrize("memory", ["same", "fresh"])
+def _rotating_memory(op: str, kwargs: dict[str, Any], sets: int) -> Callable[[], Any]:
+    """The op's launches on ``sets`` operands and outputs in turn."""
+    copies = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()} for _ in range(sets)]
+    launches = itertools.cycle([_same_memory(op, copy) for copy in copies])
+    return lambda: next(launches)()
+
+
+@pytest.mark.parametrize("memory", ["same", "fresh", "rotating"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(
     ("op", "variant", "layer"),
@@ -262,8 +277,11 @@ def bench_kernel(
         outputs = OPS[op](**kwargs)
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     traffic = sum(t.nbytes for t in (*_tensors(kwargs.values()), *outputs) if t.dim() == 4)
+    sets = max(2, COLD // traffic) if memory == "rotating" else 1
     if memory == "same":
         call = _same_memory(op, kwargs)
+    elif memory == "rotating":
+        call = _rotating_memory(op, kwargs, sets)
     else:
 
         def call() -> Any:
@@ -276,4 +294,4 @@ def bench_kernel(
     rounds = run_rounds(call, device, seconds=0.15, benchmark=benchmark)
     info = benchmark.extra_info
     info.update(p20=rounds.p20, p50=rounds.p50, p80=rounds.p80, launches=rounds.launches)
-    _add_bandwidth(info, traffic, rounds.p50, device)
+    _add_bandwidth(info, traffic, rounds.p50, device, sets)

@@ -98,7 +98,9 @@ void bind_bn_act(py::module_& module, const BnAct& ops) {
       arg("y"), arg("scale"), arg("shift"), arg("residual") = 0, arg("rscale") = 0,
       arg("rshift") = 0, arg("z"), arg("mask") = 0, arg("npq"), arg("k"), arg("dtype"), arg("relu"),
       arg("stream") = 0);
+}
 
+void bind_bn_act_backward(py::module_& module, const BnActBackward& ops) {
   define(
       module, "affine_act_backward",
       [f = ops.affine_act_backward](Address dz, Address z, Address mask, Address y, Address mean,
@@ -327,9 +329,9 @@ void bind_direct(py::module_& module, const Direct& ops) {
 }
 
 void bind_cpu(py::module_ module) {
-  bind_bn_act(module, {cpu::bn_workspace, cpu::bn_stats, cpu::bn_finalize, cpu::affine_act,
-                       cpu::affine_act_backward, cpu::bn_backward_sums, cpu::bn_backward_finalize,
-                       cpu::bn_backward_apply});
+  bind_bn_act(module, {cpu::bn_workspace, cpu::bn_stats, cpu::bn_finalize, cpu::affine_act});
+  bind_bn_act_backward(module, {cpu::affine_act_backward, cpu::bn_backward_sums,
+                                cpu::bn_backward_finalize, cpu::bn_backward_apply});
   bind_stem(module,
             {cpu::affine_act_maxpool, cpu::maxpool_backward_sums, cpu::maxpool_backward_apply});
 
@@ -394,9 +396,9 @@ void bind_cpu(py::module_ module) {
 
 #if RESNET_FAST_WITH_CUDA
 void bind_cuda(py::module_ module) {
-  bind_bn_act(module, {cuda::bn_workspace, cuda::bn_stats, cuda::bn_finalize, cuda::affine_act,
-                       cuda::affine_act_backward, cuda::bn_backward_sums,
-                       cuda::bn_backward_finalize, cuda::bn_backward_apply});
+  bind_bn_act(module, {cuda::bn_workspace, cuda::bn_stats, cuda::bn_finalize, cuda::affine_act});
+  bind_bn_act_backward(module, {cuda::affine_act_backward, cuda::bn_backward_sums,
+                                cuda::bn_backward_finalize, cuda::bn_backward_apply});
   bind_stem(module,
             {cuda::affine_act_maxpool, cuda::maxpool_backward_sums, cuda::maxpool_backward_apply});
   define(

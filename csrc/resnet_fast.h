@@ -275,6 +275,9 @@ struct BnAct {
   void (*bn_stats)(const BnStats&);
   void (*bn_finalize)(const BnFinalize&);
   void (*affine_act)(const AffineAct&);
+};
+
+struct BnActBackward {
   void (*affine_act_backward)(const AffineActBackward&);
   void (*bn_backward_sums)(const BnBackwardSums&);
   void (*bn_backward_finalize)(const BnBackwardFinalize&);

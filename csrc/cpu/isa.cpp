@@ -11,6 +11,7 @@ struct Isa {
   const char* name;
   bool (*supported)();
   const BnAct* bn_act;
+  const BnActBackward* bn_act_backward;
   const Stem* stem;
   const Winograd* winograd;
   const Direct* direct;
@@ -31,11 +32,13 @@ bool has_avx512() {
 // Best first.
 const Isa ISAS[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, &avx512::bn_act, &avx512::stem, &avx512::winograd, &avx512::direct},
-    {"avx2", has_avx2, &avx2::bn_act, &avx2::stem, &avx2::winograd, &avx2::direct},
+    {"avx512", has_avx512, &avx512::bn_act, &avx512::bn_act_backward, &avx512::stem,
+     &avx512::winograd, &avx512::direct},
+    {"avx2", has_avx2, &avx2::bn_act, &avx2::bn_act_backward, &avx2::stem, &avx2::winograd,
+     &avx2::direct},
 #endif
-    {"baseline", [] { return true; }, &baseline::bn_act, &baseline::stem, &baseline::winograd,
-     &baseline::direct},
+    {"baseline", [] { return true; }, &baseline::bn_act, &baseline::bn_act_backward,
+     &baseline::stem, &baseline::winograd, &baseline::direct},
 };
 
 const Isa& choose() {
@@ -52,7 +55,8 @@ const Isa& chosen() {
   return isa;
 }
 
-const BnAct& ops() { return *chosen().bn_act; }
+const BnAct& bn_act() { return *chosen().bn_act; }
+const BnActBackward& bn_act_backward() { return *chosen().bn_act_backward; }
 const Stem& stem() { return *chosen().stem; }
 const Winograd& winograd() { return *chosen().winograd; }
 const Direct& direct() { return *chosen().direct; }
@@ -61,14 +65,18 @@ const Direct& direct() { return *chosen().direct; }
 
 const char* isa() { return chosen().name; }
 
-int64_t bn_workspace(int64_t npq, int64_t k) { return ops().bn_workspace(npq, k); }
-void bn_stats(const BnStats& args) { ops().bn_stats(args); }
-void bn_finalize(const BnFinalize& args) { ops().bn_finalize(args); }
-void affine_act(const AffineAct& args) { ops().affine_act(args); }
-void affine_act_backward(const AffineActBackward& args) { ops().affine_act_backward(args); }
-void bn_backward_sums(const BnBackwardSums& args) { ops().bn_backward_sums(args); }
-void bn_backward_finalize(const BnBackwardFinalize& args) { ops().bn_backward_finalize(args); }
-void bn_backward_apply(const BnBackwardApply& args) { ops().bn_backward_apply(args); }
+int64_t bn_workspace(int64_t npq, int64_t k) { return bn_act().bn_workspace(npq, k); }
+void bn_stats(const BnStats& args) { bn_act().bn_stats(args); }
+void bn_finalize(const BnFinalize& args) { bn_act().bn_finalize(args); }
+void affine_act(const AffineAct& args) { bn_act().affine_act(args); }
+void affine_act_backward(const AffineActBackward& args) {
+  bn_act_backward().affine_act_backward(args);
+}
+void bn_backward_sums(const BnBackwardSums& args) { bn_act_backward().bn_backward_sums(args); }
+void bn_backward_finalize(const BnBackwardFinalize& args) {
+  bn_act_backward().bn_backward_finalize(args);
+}
+void bn_backward_apply(const BnBackwardApply& args) { bn_act_backward().bn_backward_apply(args); }
 void affine_act_maxpool(const AffineActMaxpool& args) { stem().affine_act_maxpool(args); }
 void maxpool_backward_sums(const MaxpoolBackwardSums& args) { stem().maxpool_backward_sums(args); }
 void maxpool_backward_apply(const MaxpoolBackwardApply& args) {

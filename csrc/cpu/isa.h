@@ -1,4 +1,5 @@
-// bn_act.cpp, stem.cpp, winograd.cpp and direct.cpp as they were compiled for each instruction set.
+// bn_act.cpp, bn_act_backward.cpp, stem.cpp, winograd.cpp and direct.cpp as they were compiled for
+// each instruction set.
 #pragma once
 
 #include "../resnet_fast.h"
@@ -7,6 +8,7 @@ namespace resnet_fast::cpu {
 
 namespace baseline {
 extern const BnAct bn_act;
+extern const BnActBackward bn_act_backward;
 extern const Stem stem;
 extern const Winograd winograd;
 extern const Direct direct;
@@ -15,6 +17,7 @@ extern const Direct direct;
 #if defined(__x86_64__)
 namespace avx2 {
 extern const BnAct bn_act;
+extern const BnActBackward bn_act_backward;
 extern const Stem stem;
 extern const Winograd winograd;
 extern const Direct direct;
@@ -22,6 +25,7 @@ extern const Direct direct;
 
 namespace avx512 {
 extern const BnAct bn_act;
+extern const BnActBackward bn_act_backward;
 extern const Stem stem;
 extern const Winograd winograd;
 extern const Direct direct;
