@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.rounds import run_rounds
+from benchmarks.rounds import Rounds, run_rounds
 from resnet_fast import functional, ops
 from resnet_fast.commands.judging import name_of
 from resnet_fast.dispatch import OPS, backend, prepare, reasons, use_backend
@@ -190,14 +190,21 @@ STEPS: dict[str, Callable[[str, Case, torch.dtype, str], Step]] = {
 }
 
 
-def _copy_bandwidth(traffic: int, device: str, sets: int) -> float:
-    """GB/s of a copy that reads and writes ``traffic`` bytes in all, of ``sets`` in turn: the best of several, in this
-    very run.
-    """
+def _copies(traffic: int, device: str, sets: int = 1) -> Callable[[], Any]:
+    """A copy that reads and writes ``traffic`` bytes in all, of ``sets`` in turn."""
     source = torch.zeros(sets, traffic // 8, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     copies = itertools.cycle([functools.partial(t.copy_, s) for t, s in zip(target, source, strict=True)])
-    return traffic / 1e9 / run_rounds(lambda: next(copies)(), device, seconds=0.1).p20
+    return lambda: next(copies)()
+
+
+def _add(info: dict[str, Any], rounds: Rounds, traffic: int) -> None:
+    """What was measured; and GB/s of ``traffic``, where a copy of as many bytes ran beside it."""
+    info.update(p20=rounds.p20, p50=rounds.p50, p80=rounds.p80, launches=rounds.launches)
+    if rounds.beside is not None:
+        info["GB/s"] = traffic / rounds.p50 / 1e9
+        info["copy GB/s"] = traffic / rounds.beside / 1e9
+        info["share of copy"] = rounds.beside / rounds.p50
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
@@ -213,19 +220,11 @@ def bench_op(benchmark: Any, device: str, step: str, layer: str, dtype: torch.dt
     dtype_name = name_of(dtype)
     benchmark.group = f"{step} {dtype_name} {device} {layer}: N={case.N} K={case.K} P={case.P}"
     frozen = step == "conv_inference"
-    rounds = run_rounds(made.call, device, seconds=0.3, benchmark=benchmark, inference=frozen)
-    info = benchmark.extra_info
-    info.update(p20=rounds.p20, p50=rounds.p50, p80=rounds.p80, launches=rounds.launches)
+    copies = None if made.flops else _copies(made.traffic, device)
+    rounds = run_rounds(made.call, device, seconds=0.3, benchmark=benchmark, inference=frozen, beside=copies)
+    _add(benchmark.extra_info, rounds, made.traffic)
     if made.flops:
-        info["GFLOP/s"] = made.flops / rounds.p50 / 1e9
-    else:
-        _add_bandwidth(info, made.traffic, rounds.p50, device)
-
-
-def _add_bandwidth(info: dict[str, Any], traffic: int, seconds: float, device: str, sets: int = 1) -> None:
-    info["GB/s"] = traffic / seconds / 1e9
-    info["copy GB/s"] = _copy_bandwidth(traffic, device, sets)
-    info["share of copy"] = info["GB/s"] / info["copy GB/s"]
+        benchmark.extra_info["GFLOP/s"] = made.flops / rounds.p50 / 1e9
 
 
 # ---- each memory-bound op alone
@@ -291,7 +290,5 @@ def bench_kernel(
     del outputs
     dtype_name = name_of(dtype)
     benchmark.group = f"{op} {variant} {dtype_name} {device} {layer}: N={case.N} K={case.K} P={case.P}"
-    rounds = run_rounds(call, device, seconds=0.15, benchmark=benchmark)
-    info = benchmark.extra_info
-    info.update(p20=rounds.p20, p50=rounds.p50, p80=rounds.p80, launches=rounds.launches)
-    _add_bandwidth(info, traffic, rounds.p50, device, sets)
+    copies = _copies(traffic, device, sets)
+    _add(benchmark.extra_info, run_rounds(call, device, seconds=0.15, benchmark=benchmark, beside=copies), traffic)

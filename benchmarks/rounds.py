@@ -20,13 +20,15 @@ SHORTEST = 1e-3
 
 
 class Rounds(NamedTuple):
-    """Seconds of one launch: p20, p50, p80 over ``rounds`` rounds of ``launches`` each."""
+    """Seconds of one launch: p20, p50, p80 over ``rounds`` rounds of ``launches`` each, and of what ran beside them."""
 
     p20: float
     p50: float
     p80: float
     rounds: int
     launches: int
+    #: p50 of the call that ran in turns with it.
+    beside: float | None = None
 
 
 class CudaClock:
@@ -47,6 +49,44 @@ class CudaClock:
         return self._zero.elapsed_time(event) / 1e3
 
 
+class _Turns:
+    """A clock that times a round of ``call`` before each round that it is read for, twice: both meet the same minutes
+    of a machine that others use too.
+    """
+
+    def __init__(self, clock: Callable[[], float], call: Callable[[], Any]) -> None:
+        self._clock, self._call = clock, call
+        self._launches = _calibrated(clock, call)[1]
+        self._begins = True
+        self.times: list[float] = []
+
+    def __call__(self) -> float:
+        if self._begins:
+            self.times.append(_round(self._clock, self._call, self._launches))
+        self._begins = not self._begins
+        return self._clock()
+
+    def end(self) -> float:
+        """p50 of the calls. Their operands are let go: pytest-benchmark keeps every clock that it has read."""
+        del self._call
+        return quantile(self.times, 0.5)
+
+
+def _round(clock: Callable[[], float], call: Callable[[], Any], launches: int) -> float:
+    """Seconds of a launch, of ``launches``."""
+    begin = clock()
+    for _ in range(launches):
+        call()
+    return (clock() - begin) / launches
+
+
+def _calibrated(clock: Callable[[], float], call: Callable[[], Any]) -> tuple[float, int]:
+    """After three calls, the seconds of one and how many a round needs."""
+    for _ in range(3):
+        once = max(_round(clock, call, 1), 1e-7)
+    return once, max(1, round(SHORTEST / once))
+
+
 @contextlib.contextmanager
 def _inference(on: bool, device: str) -> Iterator[None]:
     """Inference mode, and on a CPU inductor's freezing, which folds and packs weights."""
@@ -60,30 +100,32 @@ def _inference(on: bool, device: str) -> Iterator[None]:
 
 
 def run_rounds(
-    call: Callable[[], Any], device: str, *, seconds: float, benchmark: Any = None, inference: bool = False
+    call: Callable[[], Any],
+    device: str,
+    *,
+    seconds: float,
+    benchmark: Any = None,
+    inference: bool = False,
+    beside: Callable[[], Any] | None = None,
 ) -> Rounds:
-    """Warm up (and compile), then time about ``seconds`` of rounds, at least five, by ``benchmark`` if one is given."""
+    """Warm up (and compile), then time about ``seconds`` of rounds, at least five, by ``benchmark`` if one is given.
+
+    ``beside`` is timed in turns with it.
+    """
     clock: Callable[[], float] = CudaClock() if device == "cuda" else time.perf_counter
     with _inference(inference, device):
-        for _ in range(3):
-            begin = clock()
-            call()
-            once = max(clock() - begin, 1e-7)
-        launches = max(1, round(SHORTEST / once))
+        once, launches = _calibrated(clock, call)
         rounds = max(5, min(200, int(seconds / (once * launches))))
-        times = []
+        turns = None if beside is None else _Turns(clock, beside)
+        timer = turns or clock
         if benchmark is None:
-            for _ in range(rounds):
-                begin = clock()
-                for _ in range(launches):
-                    call()
-                times.append((clock() - begin) / launches)
+            times = [_round(timer, call, launches) for _ in range(rounds)]
         else:
-            benchmark._timer = clock
+            benchmark._timer = timer
             benchmark.pedantic(call, rounds=rounds, iterations=launches)
             times = list(benchmark.stats.stats.data)  # of one launch: it has divided by the iterations
     p20, p50, p80 = (quantile(times, q) for q in (0.2, 0.5, 0.8))
-    return Rounds(p20, p50, p80, rounds, launches)
+    return Rounds(p20, p50, p80, rounds, launches, turns and turns.end())
 
 
 class Timer:

@@ -11,8 +11,10 @@
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
 namespace {
 
-// Channels from which on the next packs of these rows are asked for, not those of the rows below.
+// Channels from which on what comes next in these rows is asked for, this many bytes ahead, not the
+// rows below.
 constexpr int64_t WIDE = 512;
+constexpr int64_t WIDE_AHEAD_BYTES = 256;
 // What is asked for of narrower rows that are only read lies this far ahead: a page, where a stream
 // ends for the processor's own prefetchers.
 constexpr int64_t AHEAD_BYTES = 4096;
@@ -53,8 +55,9 @@ void sum_group(const Tile& tile, int64_t row, int64_t k, int64_t channel, Lanes 
                const Add& add, float* const (&out)[SUMS]) {
   const int64_t local = channel - tile.channel;
   // Rows of many channels lie a page apart or nearly: those below would push out what is asked for.
-  constexpr int64_t PAGE = AHEAD_BYTES / static_cast<int64_t>(sizeof(T));
-  const int64_t ahead = k >= WIDE ? 2 * PACK : ROWS == READ_ROWS ? PAGE : ROWS * k;
+  constexpr int64_t SIZE = sizeof(T), PAGE = AHEAD_BYTES / SIZE;
+  const int64_t narrow = ROWS == READ_ROWS ? PAGE : ROWS * k;
+  const int64_t ahead = k >= WIDE ? WIDE_AHEAD_BYTES / SIZE : narrow;
   Vec sums[COUNT][SUMS][2] = {};
 #pragma GCC unroll 2
   for (int64_t r = 0; r < ROWS; ++r) {
