@@ -57,6 +57,11 @@ BROKEN: dict[str, tuple[str, int, int, list[int], str, str]] = {
     "far": ("read_nothing", 0, 1, [], "reads 4 bytes at 0, far from every operand", "(0, 0, 0)"),
     "straddling": ("copy_wide", 6, 8, [8, 0], r"at offset (16|24) of x \(24 bytes\)", "(1, 0, 0)"),
     "misaligned": ("copy_wide", 64, 64, [60, 1], "address that is 4 bytes off its alignment, 16", "(0, 0, 0)"),
+    "output_barrier_before_read": ("swap_through_output", 0, 128, [1, 1], "y that thread .* has .*no barrier", ""),
+    "output_barrier_after_read": ("swap_through_output", 0, 128, [2, 1], "y that thread .* has .*no barrier", ""),
+    "block_reads_another": ("swap_through_output", 0, 128, [3, 1], "y where another block of this launch", ""),
+    "block_writes_anothers": ("swap_through_output", 0, 128, [4, 1], "writes y where another block of this launch", ""),
+    "all_blocks_write": ("last_block_wins", 0, 1, [], "writes y where another block of this launch writes it", ""),
     "input": ("write_input", 32, 1, [32], "writes the input x", "(0, 0, 0)"),
     "barrier": ("divergent_barrier", 0, 64, [], r"divergent barrier: thread \(0, 0, 0\) waits in", "(40, 0, 0)"),
     "deadlock": ("shuffle_against_barrier", 0, 64, [], "waits for ever in a shuffle, while thread", "(0, 0, 0)"),
@@ -102,7 +107,7 @@ def test_output_that_was_not_written() -> None:
 
 def test_output_that_depends_on_the_order_of_blocks() -> None:
     with pytest.raises(cuda_on_cpu.machine().Fault, match="or on the order of threads"):
-        probe("last_block_wins", None, 1)
+        probe("last_atomic_wins", None, 1)
 
 
 def test_a_fault_leaves_the_machine_as_it_was() -> None:
@@ -137,6 +142,11 @@ def test_launches_that_a_driver_refuses() -> None:
 
 
 # ---- what must be right
+
+
+def test_output_as_memory_of_a_block() -> None:
+    """Behind a barrier a block may read what its threads wrote; and a launch all that the one before it wrote."""
+    assert torch.equal(probe("swap_through_output", None, 128, [0, 2]), torch.arange(128, dtype=torch.int32) ^ 1)
 
 
 def test_barriers_do_not_wait_for_threads_that_returned() -> None:

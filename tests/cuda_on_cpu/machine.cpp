@@ -229,6 +229,7 @@ void run(const Launch& launch) {
   if (machine.current) throw std::logic_error("cuda_on_cpu: a launch inside of a kernel");
   machine.launch = launch;
   machine.failure.clear();
+  machine.blocks_before = machine.block_number;
   indices.block_size = launch.block;
   indices.grid_size = launch.grid;
   struct Leave {

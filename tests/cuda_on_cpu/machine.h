@@ -66,11 +66,12 @@ struct Machine {
   Fiber scheduler;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  Thread* current = nullptr;  // none: the host's code runs
-  bool reversed = false;      // threads, warps and blocks from the last to the first
+  Thread* current = nullptr;                // none: the host's code runs
+  bool reversed = false;                    // threads, warps and blocks from the last to the first
   size_t shared_limit = size_t{163} << 10;  // of a block: sm_80's; sm_90 has 227 KiB
-  uint32_t block_number = 0;  // of all blocks of all launches
-  uint32_t clock;             // barriers of this block so far
+  uint32_t block_number = 0;                // of all blocks of all launches
+  uint32_t blocks_before = 0;               // this launch
+  uint32_t clock;                           // barriers of this block so far
   int live, waiting, holding;
   Thread* first_at_barrier;
   int held;  // the predicates of the barrier last passed that held

@@ -2,8 +2,9 @@
 // that -fsanitize=thread inserts), and misaligned pointers and indices off an array's end
 // (-fsanitize=alignment,bounds); the functions that it calls for that stand at the end.
 //
-// Each byte of shared memory remembers who wrote it last, and who has read it since: reading what
-// nobody wrote in this block, and accesses of two threads with no barrier in between, are faults.
+// Each byte of shared memory and of what kernels write remembers who wrote it last, and who has
+// read it since (stamps.h): accesses of two threads with no barrier in between are faults, and so
+// is reading shared memory that nobody wrote in this block.
 #include <link.h>
 
 #include <algorithm>
@@ -11,29 +12,16 @@
 #include <cstring>
 #include <memory>
 
-#include "machine.h"
+#include "stamps.h"
 
 namespace cuda_on_cpu {
 namespace {
-
-// Numbers of threads are below 1024. Besides them an access may be by:
-constexpr uint16_t NOBODY = 0xffff;
-constexpr uint16_t SEVERAL = 0xfffe;      // threads of more than one warp
-constexpr uint16_t ATOMICS = 0xfffd;      // any number of threads
-constexpr uint16_t OF_ONE_WARP = 0x8000;  // several threads; the warp's number in the low bits
-
-/// An access, and when it was by the block's barriers and by the warp's.
-struct Stamp {
-  uint16_t who = NOBODY;
-  uint32_t clock = 0;
-  uint32_t warp_clock = 0;
-};
 
 struct Byte {
   enum : uint8_t { EMPTY, COPYING, WRITTEN };
   uint32_t block = 0;  // in another block, this byte is empty
   uint8_t content = EMPTY;
-  Stamp write, read;
+  Accesses accesses;
 };
 
 struct SharedSpace {
@@ -44,9 +32,11 @@ struct SharedSpace {
 };
 
 constexpr size_t DYNAMIC_SHARED = size_t{228} << 10;
+const std::string SHARED = "shared memory";
 
 std::vector<Operand> operands;
-std::vector<Operand> arrays;  // static shared arrays, by address
+std::vector<Launched> launched;  // of each operand
+std::vector<Operand> arrays;     // static shared arrays, by address
 SharedSpace static_shared;
 uintptr_t module_base;
 std::vector<Stack> constants;  // what this module's file holds: tables, literals
@@ -63,40 +53,6 @@ SharedSpace& dynamic_space() {
   return space;
 }
 
-const Warp& warp_of_current() { return machine.warps[machine.current->warp()]; }
-
-Stamp now() { return {machine.current->number, machine.clock, warp_of_current().clock}; }
-
-/// Whether a barrier that the current thread has passed lies behind that access.
-bool ordered(const Stamp& stamp) {
-  const Thread& self = *machine.current;
-  if (stamp.who == NOBODY || stamp.who == self.number || stamp.clock < machine.clock) return true;
-  if (stamp.who == SEVERAL || stamp.who == ATOMICS) return false;
-  const int warp = stamp.who & OF_ONE_WARP ? stamp.who & ~OF_ONE_WARP : stamp.who / 32;
-  return warp == self.warp() && stamp.warp_clock < warp_of_current().clock;
-}
-
-std::string name(uint16_t who) {
-  if (who == SEVERAL) return "several threads";
-  if (who == ATOMICS) return "an atomic operation";
-  if (who & OF_ONE_WARP) return "threads of warp " + std::to_string(who & ~OF_ONE_WARP);
-  const uint3& i = machine.threads[who].index;
-  return "thread (" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " +
-         std::to_string(i.z) + ")";
-}
-
-void add_reader(Stamp& read) {
-  const Stamp mine = now();
-  if (ordered(read)) {
-    read = mine;
-    return;
-  }
-  const uint16_t warp = OF_ONE_WARP | static_cast<uint16_t>(machine.current->warp());
-  const bool same_warp =
-      read.who == warp || (read.who < OF_ONE_WARP && read.who / 32 == machine.current->warp());
-  read = {same_warp ? warp : SEVERAL, mine.clock, mine.warp_clock};
-}
-
 void must_be_written(const Byte& byte, const Where& where) {
   if (byte.content == Byte::EMPTY) {
     fail("reads shared memory that no thread of this block has written", where);
@@ -104,21 +60,6 @@ void must_be_written(const Byte& byte, const Where& where) {
   if (byte.content == Byte::COPYING) {
     fail("reads shared memory before its cp.async was waited for", where);
   }
-}
-
-void write_byte(Byte& byte, const Where& where) {
-  if (!ordered(byte.read)) {
-    fail("writes shared memory that " + name(byte.read.who) +
-             " has read, with no barrier in between",
-         where);
-  }
-  if (!ordered(byte.write)) {
-    fail("writes shared memory that " + name(byte.write.who) +
-             " has written, with no barrier in between",
-         where);
-  }
-  byte.write = now();
-  byte.read = {};
 }
 
 void check_shared(SharedSpace& space, uintptr_t begin, size_t size, Access access,
@@ -131,20 +72,13 @@ void check_shared(SharedSpace& space, uintptr_t begin, size_t size, Access acces
     }
     if (access == Access::read) {
       must_be_written(byte, where);
-      if (!ordered(byte.write)) {
-        fail("reads shared memory that " + name(byte.write.who) +
-                 " has written, with no barrier in between",
-             where);
-      }
-      add_reader(byte.read);
+      add_read(byte.accesses, SHARED, where);
     } else if (access == Access::write) {
-      write_byte(byte, where);
+      add_write(byte.accesses, SHARED, where);
       byte.content = Byte::WRITTEN;
     } else {
       must_be_written(byte, where);
-      const bool first = byte.write.who != ATOMICS || byte.write.clock < machine.clock;
-      if (first) write_byte(byte, where);
-      byte.write.who = ATOMICS;
+      add_atomic(byte.accesses, SHARED, where);
     }
   }
 }
@@ -212,10 +146,13 @@ void check(const void* p, size_t size, Access access, const Where& where) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
   const Operand* holder = nullptr;
   for (const Operand& operand : operands) {
-    if (begin >= operand.begin && begin + size <= operand.end) {
-      if (access == Access::read || operand.writable) return;
-      holder = &operand;
+    if (begin < operand.begin || begin + size > operand.end) continue;
+    if (operand.writable) {
+      launched[&operand - operands.data()].add(begin - operand.begin, size, access, where);
+      return;
     }
+    if (access == Access::read) return;
+    holder = &operand;
   }
   if (holder) fail(std::string(verb(access)) + " the input " + holder->name, where);
   if (SharedSpace* space = shared_space(begin, size)) {
@@ -251,13 +188,17 @@ void end_copy(const void* smem, size_t size) {
   for (size_t i = 0; i < size; ++i) {
     Byte& byte = space->bytes[begin - space->begin + i];
     byte.content = Byte::WRITTEN;
-    byte.write = now();
+    byte.accesses.write = now();
   }
 }
 
 void* dynamic_shared() { return reinterpret_cast<void*>(dynamic_space().begin); }
 
-void set_operands(std::vector<Operand> list) { operands = std::move(list); }
+void set_operands(std::vector<Operand> list) {
+  operands = std::move(list);
+  launched.clear();
+  for (const Operand& operand : operands) launched.emplace_back(operand);
+}
 
 void set_shared_arrays(const std::vector<SharedArray>& list) {
   constants.clear();

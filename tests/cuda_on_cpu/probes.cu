@@ -38,6 +38,21 @@ __global__ void write_input(const int* x, int64_t n) {
 
 __global__ void last_block_wins(int* y) { y[0] = static_cast<int>(blockIdx.x); }
 
+__global__ void last_atomic_wins(int* y) { atomicExch(y, static_cast<int>(blockIdx.x)); }
+
+/// Neighbours swap their numbers through y, in two blocks. Modes 1 and 2: one barrier is missing; 3
+/// and 4: the neighbour is in the other block, and its number or its place is accessed.
+__global__ void swap_through_output(int* y, int64_t mode) {
+  const int threads = static_cast<int>(blockDim.x);
+  const int mine = static_cast<int>(blockIdx.x) * threads + static_cast<int>(threadIdx.x);
+  const int other = mode >= 3 ? (mine + threads) % (2 * threads) : mine ^ 1;
+  y[mine] = mine;
+  if (mode != 1) __syncthreads();
+  const int value = mode == 4 ? mine : y[other];
+  if (mode != 2) __syncthreads();
+  y[mode == 4 ? other : mine] = value;
+}
+
 __global__ void read_nothing(const int* x, int* y) { y[threadIdx.x] = x[threadIdx.x]; }
 
 // ---- Barriers and warps
@@ -270,6 +285,14 @@ const std::map<std::string, void (*)(const Probe&)> PROBES = {
     {"write_input", [](const Probe& p) { launch_block(write_input, 32, 0, x_of(p), p.size[0]); }},
     {"last_block_wins",
      [](const Probe& p) { launch(last_block_wins, dim3(3), dim3(1), 0, nullptr, y_of(p)); }},
+    {"last_atomic_wins",
+     [](const Probe& p) { launch(last_atomic_wins, dim3(3), dim3(1), 0, nullptr, y_of(p)); }},
+    {"swap_through_output",
+     [](const Probe& p) {
+       for (int64_t i = 0; i < p.size[1]; ++i) {
+         launch(swap_through_output, dim3(2), dim3(64), 0, nullptr, y_of(p), p.size[0]);
+       }
+     }},
     {"read_nothing",
      [](const Probe& p) {
        launch_block(read_nothing, 1, 0, static_cast<const int*>(nullptr), y_of(p));
