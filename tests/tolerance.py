@@ -10,6 +10,7 @@ places.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast.dispatch import BACKENDS, OPS, backend, reasons, use_backend
-from tests import cuda_on_cpu
+from tests import cuda_on_cpu, triton_memory
 from tests.cases import VARIANTS
 from tests.eager import Kwargs, eager
 
@@ -106,7 +107,8 @@ def run(op: str, kwargs: Kwargs, backend_name: str) -> Any:
     """The op on that backend, and on no other."""
     if backend_name == "cuda_on_cpu":
         return cuda_on_cpu.run(op, kwargs)
-    with use_backend(backend_name):
+    interpreted = backend_name == "triton" and not torch.cuda.is_available()
+    with use_backend(backend_name), triton_memory.checked(kwargs.values()) if interpreted else nullcontext():
         return OPS[op](**kwargs)
 
 

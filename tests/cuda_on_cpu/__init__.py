@@ -34,9 +34,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
+from tests.twice import twice as run_twice
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -53,9 +53,6 @@ INSTRUMENTED = (
     "-x c++ -include cuda_runtime.h"
 )
 BINDINGS = "-O0 -DRESNET_FAST_WITH_CUDA=1 -DRESNET_FAST_WITHOUT_CPU"
-
-#: What fresh memory holds in the first run and in the second: NaN, and a small finite number.
-POISON = (0xFF, 0x3B)
 
 
 class BuildError(RuntimeError):
@@ -277,48 +274,18 @@ def shared_memory(nbytes: int) -> Iterator[None]:
         machine().set_shared_limit(163 << 10)
 
 
-class _Poisoned(TorchDispatchMode):
-    """Fills what torch.empty and its kind return."""
-
-    def __init__(self, byte: int) -> None:
-        super().__init__()
-        self.byte = byte
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if "empty" in func.__name__:
-            result.untyped_storage().fill_(self.byte)
-        return result
-
-
-def _tensors(result: Any) -> Sequence[Tensor]:
-    return (result,) if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
-
-
-def _bytes(t: Tensor) -> Tensor:
-    return t.contiguous().flatten().view(torch.uint8)
-
-
 def twice(function: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> Any:
     """What ``function`` returns, if it does so whatever fresh memory holds and in whatever order threads run."""
-    results = []
+
+    def once(backwards: bool) -> Any:
+        machine().set_reversed(backwards)
+        return function()
+
     _inputs.update(map(_storage, inputs))
     try:
-        for reverse, byte in enumerate(POISON):
-            machine().set_reversed(bool(reverse))
-            with _Poisoned(byte):
-                results.append(function())
+        return run_twice(once, machine().Fault)
     finally:
         _inputs.clear()
-    for i, (one, other) in enumerate(zip(*map(_tensors, results), strict=True)):
-        different = (_bytes(one) != _bytes(other)).nonzero().flatten().tolist()
-        if different:
-            places = sorted({place // one.element_size() for place in different})
-            raise machine().Fault(
-                f"output {i}, of shape {tuple(one.shape)}: {len(places)} elements, the first of them number {places[0]}"
-                ", were not written, or depend on unwritten memory or on the order of threads"
-            )
-    return results[0]
 
 
 def run(op: str, kwargs: dict[str, Any]) -> Any:
