@@ -127,7 +127,8 @@ def test_threads_and_processes_write_at_once() -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests.test_tables import CPU, row_of, tables
+from tests.test_tables import CPU, row_of, tables, torch
+torch.set_num_threads({torch.get_num_threads()})  # which the file is named after
 for n in range(100, 110):
     tables.save(CPU, [row_of(n)])
 """

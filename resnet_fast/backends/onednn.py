@@ -15,6 +15,9 @@ from torch import Tensor
 from resnet_fast.backends import direct, library, winograd
 
 _OPS = ("conv_affine_act",)
+# What says that a convolution has no sum with a ReLU to offer: oneDNN hands some of bfloat16 back to torch, which has
+# none; and that of torch 2.11 has none of one pixel.
+_NO_SUM = ("Unsupported datatype", "could not create a memory")
 
 
 @functools.cache
@@ -186,8 +189,7 @@ def conv_affine_act(
         try:
             z = _convolution().binary(x, residual, w, shift, *geometry, "add", 1.0, "relu" if relu else None, [], None)
         except RuntimeError as error:
-            # Where oneDNN hands a bfloat16 convolution back to torch, torch has no sum with a ReLU to offer.
-            if "Unsupported datatype" not in str(error):
+            if not any(text in str(error) for text in _NO_SUM):
                 raise
             z = _convolution().plain(x, w, shift, *geometry, "none", [], "").add_(residual)
             z = z.relu_() if relu else z
