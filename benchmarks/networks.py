@@ -191,7 +191,7 @@ def _steps(settings: Settings, mode: str, progress: Progress) -> list[Record]:
                 entries.append(entry)
             except Exception as error:
                 reasons[step.name] = f"{type(error).__name__}: {error}"[:300]
-        seconds = 0.2 if settings.tiny else 40.0 if settings.device.type == "cpu" else 3.0
+        seconds = 0.2 if settings.tiny else 80.0 if settings.device.type == "cpu" else 3.0
         results = timing.measure(
             entries, setting, progress, rounds=None, seconds=seconds, baseline=plain.name, needed=()
         )

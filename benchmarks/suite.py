@@ -5,6 +5,7 @@ which is ended at its deadline and started again, without the item that it was a
 to DIR/bench.jsonl when it is measured; after every part, and after an interruption, DIR/bench.json and DIR/bench.csv
 hold what there is, with machine, versions, commit, clocks and date, and what failed or was left out. Parts of earlier
 runs in the same folder are kept. ``python -m benchmarks.report`` draws bench.json once it lies in benchmarks/results/.
+On a CPU it needs half an hour: ``--device cpu --seconds 1800``.
 """
 
 from __future__ import annotations

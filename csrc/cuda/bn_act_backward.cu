@@ -1,6 +1,5 @@
-// The backward of BatchNorm, ReLU and residual add: the twin of cpu/bn_act_backward.cpp. Arithmetic is fp32
-// whatever the storage.
-// Not yet run on a GPU.
+// The backward of BatchNorm, ReLU and residual add: the twin of cpu/bn_act_backward.cpp. Arithmetic
+// is fp32 whatever the storage. Not yet run on a GPU.
 #include "reduce.cuh"
 
 namespace resnet_fast::cuda {
