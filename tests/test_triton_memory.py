@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -96,21 +93,11 @@ BROKEN = {
 }
 
 
-@contextlib.contextmanager
-def _ends_checked() -> Iterator[None]:
-    """Whatever happens, the interpreter is as it was."""
-    from triton.runtime import interpreter
-
-    before = interpreter.GridExecutor.__call__
-    yield
-    assert interpreter.GridExecutor.__call__ is before
-
-
 @pytest.mark.parametrize("name", BROKEN)
 def test_fault(name: str) -> None:
     kernel, more, message = BROKEN[name]
     x, y = ints(), ints()
-    with _ends_checked(), pytest.raises(Fault, match=f"^{kernel.fn.__name__}: {message}"), checked([x]):
+    with pytest.raises(Fault, match=f"^{kernel.fn.__name__}: {message}"), checked([x]):
         kernel[(2,)](x, y, *more)
 
 
@@ -141,18 +128,12 @@ CASES = {"conv": ("stem_7x7_2", "1x1", "3x3_2", "threads"), "rest": ("1x1", "thr
 )
 def test_order_of_programs(op: str, variant: str) -> None:
     """The same bits from the last program to the first, and whatever fresh memory holds."""
-    names = CASES["conv" if op.startswith("conv") else "rest"]
-    ran = 0
-    for case in (case for case in TINY if case.name in names):
-        try:
-            kwargs = inputs(op, case, torch.float32, "cpu", variant=variant)
-        except ValueError:
-            continue
+    for name in CASES["conv" if op.startswith("conv") else "rest"]:
+        case = next(case for case in TINY if case.name == name)
+        kwargs = inputs(op, case, torch.float32, "cpu", variant=variant)
 
         def once(backwards: bool, kwargs: dict[str, object] = kwargs) -> object:
             with use_backend("triton"), checked(kwargs.values(), backwards=backwards):
                 return OPS[op](**kwargs)
 
         twice(once, Fault)
-        ran += 1
-    assert ran

@@ -33,12 +33,8 @@ class _Operand:
         last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
         self.count = last + 1 if t.numel() else 0
         self.end = self.begin + self.count * self.itemsize
-        self.writer = self.barrier = self.reader = np.empty(0, np.int32)
-
-    def track(self) -> None:
-        """From now on, at its first store."""
-        if not len(self.writer):
-            self.writer, self.barrier, self.reader = (np.full(self.count, _NOBODY, np.int32) for _ in range(3))
+        tracked = self.count if writable else 0
+        self.writer, self.barrier, self.reader = (np.full(tracked, _NOBODY, np.int32) for _ in range(3))
 
     def __str__(self) -> str:
         return f"{self.name} ({self.count} elements of {self.itemsize} bytes)"
@@ -50,9 +46,6 @@ class _Launch:
     def __init__(self, kernel: str, tensors: Iterable[tuple[str, Tensor]], inputs: set[int]) -> None:
         self.kernel, self.program, self.barriers = kernel, 0, 0
         self.operands = [_Operand(name, t, t.untyped_storage().data_ptr() not in inputs) for name, t in tensors]
-        for operand in self.operands:
-            if operand.writable:
-                operand.track()
 
     def fail(self, what: str) -> None:
         raise Fault(f"{self.kernel}: program {self.program} {what}")

@@ -1,5 +1,7 @@
 #include "stamps.h"
 
+#include <algorithm>
+
 namespace cuda_on_cpu {
 namespace {
 
@@ -81,10 +83,9 @@ void Launched::add(size_t first, size_t size, Access access, const Where& where)
     if (access != Access::read && read_elsewhere) {
       fail("writes " + name_ + " where another block of this launch reads it", where);
     }
-    if (byte.block != machine.block_number) {
+    if (std::max(byte.writer, byte.reader) != machine.block_number) {
       byte.accesses = {};
       if (atomics) byte.accesses.write.who = ATOMICS;
-      byte.block = machine.block_number;
     }
     if (access == Access::read) {
       add_read(byte.accesses, name_, where);

@@ -24,8 +24,8 @@ struct Accesses {
   Stamp write, read;
 };
 
-/// The faults of the current thread's access, given those before it, or what they are from now on.
-/// `memory`: what the faults call it.
+/// Records the current thread's access, or fails where nothing orders it behind those before it.
+/// `memory`: what the fault calls it.
 void add_read(Accesses& accesses, const std::string& memory, const Where& where);
 void add_write(Accesses& accesses, const std::string& memory, const Where& where);
 void add_atomic(Accesses& accesses, const std::string& memory, const Where& where);
@@ -47,8 +47,7 @@ class Launched {
   struct Byte {
     uint32_t writer = 0, reader = 0;  // the last block of each kind
     bool readers = false;             // several blocks of this launch
-    Accesses accesses;                // of the last block
-    uint32_t block = 0;
+    Accesses accesses;                // of the last block of both
   };
 
   std::string name_;
