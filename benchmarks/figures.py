@@ -85,12 +85,14 @@ def _grid(plt: Any, panels: int, columns: int, width: float, height: float) -> t
     return figure, flat[:panels]
 
 
-def _finish(figure: Any, title: str, handles: Sequence[Any], result: Record, file: Path, columns: int = 4) -> None:
+def _finish(figure: Any, title: str, handles: Sequence[Any], result: Record, parts: Sequence[str], file: Path) -> None:
+    """Title, legend and where the numbers come from: the commit and the date of the first of ``parts`` there is."""
+    run = next((result["runs"][part] for part in parts if part in result.get("runs", {})), {})
     width = int(figure.get_figwidth() * 10)
     figure.suptitle(textwrap.fill(title, width), fontsize=12)
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    plots.save(figure, file, textwrap.fill(plots.stamp(result), int(width * 1.5)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    plots.save(figure, file, textwrap.fill(plots.stamp({**result, **run}), int(width * 1.5)))
 
 
 def _by_speed(records: Sequence[Record]) -> dict[str, dict[int, float]]:
@@ -132,7 +134,9 @@ def speed(result: Record, file: Path) -> bool:
         axis.set_ylabel("images per second")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    _finish(figure, f"Images per second, {machine(result)}", list(seen.values()), result, file)
+    _finish(
+        figure, f"Images per second, {machine(result)}", list(seen.values()), result, ("training", "inference"), file
+    )
     return True
 
 
@@ -168,7 +172,7 @@ def layers(result: Record, file: Path) -> bool:
     bound = f"a copy of {rates['copy'] / 1e9:,.0f} GB/s and a product of {rates['product'] / 1e12:,.2f} TFLOP/s"
     title = f"ResNet-50's layers, batch {batch}, {dtype}, {machine(result)}: least time, by {bound}, in % of measured"
     title += "; beyond 100 %: data from a cache, or Winograd's fewer products"
-    _finish(figure, title, list(seen.values()), result, file)
+    _finish(figure, title, list(seen.values()), result, ("ops",), file)
     return True
 
 
@@ -216,7 +220,7 @@ def memory(result: Record, file: Path) -> bool:
     handles.append(
         plt.Rectangle((0, 0), 1, 1, fill=False, hatch="///", linewidth=0.6, label="of it kept for the backward")
     )
-    _finish(figure, f"Peak memory of a training step, {machine(result)}", handles, result, file)
+    _finish(figure, f"Peak memory of a training step, {machine(result)}", handles, result, ("memory",), file)
     return True
 
 
@@ -250,7 +254,7 @@ def fusions(result: Record, file: Path) -> bool:
         axis.set_title(f"{first['network']}, {mode}, {first['dtype']}, batch {first['batch']}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     title = f"One kind of fusion after the other switched on, {machine(result)}: ms saved, and speed-up so far (p20)"
-    _finish(figure, title, [], result, file)
+    _finish(figure, title, [], result, ("fusions",), file)
     return True
 
 
