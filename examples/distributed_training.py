@@ -9,10 +9,12 @@ Nothing here is resnet_fast's own but ``fuse(model)``, before the model is wrapp
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which its functions would hold to the end of the process
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -32,8 +34,19 @@ def main() -> None:
     parser.add_argument("--sync-batchnorm", action="store_true", help="statistics over the batches of all ranks")
     args = parser.parse_args()
 
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    train(args)
+    # A thread of gloo that lets a tensor go while Python ends aborts the process, which has done all its work
+    # (https://github.com/pytorch/pytorch/issues/190489). The threads end with the last object that knows the group, so
+    # that the model goes first; torch itself keeps the meshes of FSDP2, and a barrier is a last task without tensors.
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace) -> None:
+    """Some steps, and whether all ranks agree."""
     on_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -76,7 +89,6 @@ def main() -> None:
     dist.all_gather(totals, total)
     if rank == 0:
         print(f"weights are equal on all ranks: {all(torch.equal(t, total) for t in totals)}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

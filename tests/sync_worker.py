@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: see resnet_fast.recipes.ranks
 from torch import Tensor, nn
 
 import resnet_fast
@@ -97,6 +99,8 @@ def main(rank: int, world: int, file: str, case: str) -> None:
     else:
         answer = {name.replace("module.", ""): value for name, value in results(model, x).items()}
     torch.save(answer, f"{file}.{rank}")
+    del model
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

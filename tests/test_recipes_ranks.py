@@ -24,13 +24,25 @@ pytestmark = [
 ]
 
 
+RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+#: The command, and the threads that are left behind it
+THREADS = """
+import os, sys
+from resnet_fast.__main__ import main
+
+status = main(sys.argv[1:])
+names = [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
+print(f"rank {os.environ['RANK']}: {status}, gloo's threads: {[n for n in names if 'gloo' in n]}", flush=True)
+"""
+
+
 def torchrun(output: Path, *options: str, until: str | None = None) -> str:
     """What the command prints, run by two processes; killed at a line that begins with ``until``."""
     pytest.importorskip("matplotlib")
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     said: list[str] = []
     with subprocess.Popen(
-        [*ranks, *command(output, *options)[1:]],
+        [*RANKS, *command(output, *options)[1:]],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -81,3 +93,26 @@ def test_two_processes_train_fused_as_they_do_unfused(tmp_path: Path) -> None:
     assert 2 <= checkpoint.load(tmp_path / "killed" / "last.pt")["iteration"] < 8
     torchrun(tmp_path / "killed", *options, "--save-every", "2", "--resume")
     assert_same(checkpoint.load(tmp_path / "killed" / "last.pt"), fused)
+
+
+@pytest.mark.parametrize("option", ["--fuse", "--no-fuse", "--sync-bn"])
+def test_no_thread_of_the_group_is_left(tmp_path: Path, option: str) -> None:
+    """One that lets a tensor go while the interpreter ends aborts the process: seen behind a run that had ended well.
+
+    And a refusal that the first rank alone can know of reaches all of them, as a line instead of a trace.
+    """
+    pytest.importorskip("matplotlib")
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+    words = [*RANKS, str(script), *command(tmp_path / "run", "--iterations", "2", option)[3:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    first, again = (
+        subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, env=environment)
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr[-3000:]
+    for rank in range(2):
+        assert f"rank {rank}: 0, gloo's threads: []" in first.stdout
+    for rank in range(2):
+        assert f"rank {rank}: 2, gloo's threads: []" in again.stdout
+    assert "holds a run. Remedy: --resume" in again.stderr and "Traceback" not in again.stderr

@@ -367,8 +367,14 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     trainer, said, rows = _prepare(args, ranks, progress)
     output = Path(args.output or f"runs/{trainer.data.name}-{trainer.network.name}")
     folder: records.Folder | None = None
+    refusal = ""
     if ranks.first:
-        folder = records.Folder(output, resume=args.resume, overwrite=args.overwrite)
+        try:
+            folder = records.Folder(output, resume=args.resume, overwrite=args.overwrite)
+        except CommandError as error:
+            refusal = str(error)
+    if refusal := ranks.gather(refusal)[0]:  # on every rank: the others would wait for the first, and end in a trace
+        raise CommandError(refusal)
     resuming = ranks.any(folder is not None and folder.resuming)
     record = machine.provenance(without_folders(args.argv))
     if ranks.first:

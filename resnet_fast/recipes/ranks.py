@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its functions keep the one they find as a default (see close)
 from torch import Tensor, nn
 
 __all__ = ["Ranks"]
@@ -69,6 +71,13 @@ class Ranks:
                 dist.broadcast(buffer, 0)
 
     def close(self) -> None:
-        """Leave the group, if this object made it."""
+        """Leave the group, if this object made it, and end its threads: nothing else may hold the group any more.
+
+        ``destroy_process_group`` drops torch's references alone; the threads end with the last one, of which
+        DistributedDataParallel has some. A gloo thread that lets a tensor go while the interpreter is ending takes
+        the whole process with it ("terminate called without an active exception",
+        https://github.com/pytorch/pytorch/issues/190489).
+        """
         if self._own_group and dist.is_initialized():
+            gc.collect()
             dist.destroy_process_group()
