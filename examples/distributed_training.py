@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--fsdp", action="store_true", help="shard parameters instead of copying them")
     parser.add_argument("--sync-batchnorm", action="store_true", help="statistics over the batches of all ranks")
     args = parser.parse_args()
+    if args.sync_batchnorm and not args.fsdp and not torch.cuda.is_available():
+        parser.error("--sync-batchnorm: DistributedDataParallel takes it on GPUs alone. Remedy: add --fsdp")
 
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     train(args)

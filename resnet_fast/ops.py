@@ -430,7 +430,9 @@ def conv_wgrad(
         groups,
         [False, True, False],
     )[1]
-    return dw.contiguous(memory_format=CHANNELS_LAST)
+    dw = dw.contiguous(memory_format=CHANNELS_LAST)
+    # One tap has two sets of strides: nn.Conv2d's own, which DistributedDataParallel looks for, are the plain ones.
+    return dw.flatten(1).view(weight_size) if tuple(weight_size[2:]) == (1, 1) else dw
 
 
 @op

@@ -246,3 +246,12 @@ def test_bfloat16_gradients_over_an_image_one_wide() -> None:
             torch.full((n,), float("nan"))  # what memory that comes next may hold
         dw = library.conv_wgrad(dy, x, [16, 16, 3, 3], [2, 2], [1, 1], [1, 1], 1)
         assert dw.isfinite().all() and (dw[..., 0] == 0).all() and (dw[..., 2] == 0).all()
+
+
+@pytest.mark.parametrize("case", [c for c in TINY + NASTY if c.R == 1][:4], ids=lambda case: case.name)
+@pytest.mark.parametrize("name, device, dtype", backends("conv_wgrad", dtypes=[torch.float32]))
+def test_one_taps_gradient_has_the_weights_strides(name: str, device: str, dtype: torch.dtype, case: Case) -> None:
+    """DistributedDataParallel compares them, those of sizes of 1 too, and warns of slowness where they differ."""
+    kwargs = inputs("conv_wgrad", case, dtype, device)
+    dw = run("conv_wgrad", kwargs, name)
+    assert isinstance(dw, torch.Tensor) and dw.stride() == torch.empty(dw.shape).stride()

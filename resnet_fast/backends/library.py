@@ -160,4 +160,5 @@ def conv_wgrad(
     dw = torch.ops.aten.convolution_backward(
         dy, x, w, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
     )[1]
-    return dw.contiguous(memory_format=CHANNELS_LAST)
+    dw = dw.contiguous(memory_format=CHANNELS_LAST)
+    return dw.flatten(1).view(weight_size) if weight_size[2:] == [1, 1] else dw  # the strides of the definition

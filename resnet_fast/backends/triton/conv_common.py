@@ -149,6 +149,14 @@ def image(like: Tensor, *size: int) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=CHANNELS_LAST)
 
 
+def weight_gradient(like: Tensor, k: int, c: int, r: int) -> Tensor:
+    """An uninitialised (K, C, R, R), channels-last; of one tap with nn.Conv2d's own strides, the same memory.
+
+    DistributedDataParallel compares strides, and warns.
+    """
+    return like.new_empty((k, c, 1, 1)) if r == 1 else image(like, k, c, r, r)
+
+
 @triton.jit
 def load_activation(x, scale, shift, rows, channel, inside, C):
     """x or relu(x * scale + shift) at (rows, channel), in the storage dtype as if written; 0 where not ``inside``.

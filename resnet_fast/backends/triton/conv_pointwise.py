@@ -23,6 +23,7 @@ from .conv_common import (
     load_gradient,
     multiprocessors,
     precision,
+    weight_gradient,
 )
 from .conv_dgrad import store_gradient
 from .conv_wgrad import add_parts
@@ -199,5 +200,5 @@ def conv_pointwise_backward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    dw = add_parts(parts, image(x, k, c, 1, 1))
+    dw = add_parts(parts, weight_gradient(x, k, c, 1))
     return (dx, dw) if sums is None else (dx, dw, *finish_sums(sums))

@@ -15,13 +15,13 @@ from .conv_common import (
     Config,
     Geometry,
     Gradient,
-    image,
     load_activation,
     load_gradient,
     multiprocessors,
     options_of,
     plain_tile,
     precision,
+    weight_gradient,
 )
 
 # rows: K; columns: C of one tap; depth: pixels. dw is small and the sum long, so that pixels are split over programs;
@@ -184,7 +184,7 @@ def conv_wgrad(
     tiles = triton.cdiv(k, tile.rows) * triton.cdiv(c, tile.columns) * r * r
     slots = multiprocessors(x.device) * tile.per_sm
     blocks_per_split, splits = _splits(triton.cdiv(geometry.NPQ, tile.depth), tiles, slots)
-    dw = image(x, k, c, r, r)
+    dw = weight_gradient(x, k, c, r)
     parts = dw if splits == 1 else x.new_empty((splits, k, r, r, c), dtype=torch.float32)
     launch(
         conv_wgrad_kernel,
