@@ -1,9 +1,8 @@
-"""fuse(model, generic=True), and blocks that are traced: what is found, what is refused and why, what is seen later."""
+"""fuse(model, generic=True): what is found, what is refused and why."""
 
 from __future__ import annotations
 
 import copy
-import io
 import random
 from collections.abc import Callable
 from typing import Any
@@ -15,41 +14,11 @@ from torch import Tensor, nn
 
 import resnet_fast
 from resnet_fast.functional import add_relu
-from tests import standins
-from tests.fusing import X, assert_same_model, calibrated, run
+from tests.fusing import X, assert_same_model, run
 from tests.tolerance import DTYPES, assert_close
+from tests.tracing import Base, fused, in_place_sum, made, options, parts
 
 FLAG = True
-
-
-class Base(nn.Module):
-    """Two convolutions with their norms, and something more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.relu = nn.ReLU(inplace=True)
-        self.extra = nn.Conv2d(8, 8, 1)
-        self.pool = nn.AvgPool2d(3, 1, 1)
-        self.rate, self.function, self.items = 0.5, F.relu, [1]
-
-    def inner(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x)))
-
-
-def made(forward: Callable[..., Any]) -> nn.Module:
-    torch.manual_seed(0)
-    return calibrated(type(forward.__name__, (Base,), {"forward": forward})())
-
-
-def fused(forward: Callable[..., Any]) -> nn.Module:
-    return resnet_fast.fuse(made(forward), generic=True)
-
-
-def parts(model: nn.Module) -> list[str]:
-    """What is fused, by explain()."""
-    return [row.reason for row in resnet_fast.explain(model) if row.status != "not"]
 
 
 # ---- what is found ----------------------------------------------------------------------------------------------
@@ -69,13 +38,6 @@ def identity(self: Any, x: Tensor) -> Tensor:
     return self.relu(x + self.bn2(self.conv2(x)))
 
 
-def in_place_sum(self: Any, x: Tensor) -> Tensor:
-    x = self.inner(x)
-    out = self.bn2(self.conv2(x))
-    out += self.pool(x)
-    return F.relu_(out)
-
-
 def sum_without_relu(self: Any, x: Tensor) -> Tensor:
     x = self.inner(x)
     return torch.add(x, self.bn2(self.conv2(x)))
@@ -89,12 +51,6 @@ def sum_behind_a_module(self: Any, x: Tensor) -> Tensor:
 def two_outputs(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     one = self.inner(x)
     return one, self.bn2(self.conv2(one)).relu()
-
-
-def options(self: Any, x: Tensor) -> Tensor:
-    if self.rate > 0 and self.extra is not None:
-        return self.function(self.bn2(self.conv2(self.inner(x)))) * self.rate
-    return x
 
 
 def uses_the_middle(self: Any, x: Tensor) -> Tensor:
@@ -450,106 +406,6 @@ def test_torchs_rules_of_sums(side: nn.Module, train: bool) -> None:
     assert "a summand is" in resnet_fast.explain(ours)[0].reason
     for a, b in zip(ours.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-# ---- what a swap keeps ------------------------------------------------------------------------------------------
-
-
-def test_unfuse_restores_bit_for_bit() -> None:
-    model = calibrated(standins.UNet()).eval()
-    before, keys, kinds = run(model), list(model.state_dict()), [type(m) for m in model.modules()]
-    resnet_fast.fuse(model, generic=True)
-    assert list(model.state_dict()) == keys and len(parts(model)) == 5
-    torch.testing.assert_close(run(model), before, rtol=1e-4, atol=1e-4)
-    resnet_fast.unfuse(model)
-    assert [type(m) for m in model.modules()] == kinds and torch.equal(run(model), before)
-
-
-def test_fuse_again_keeps_what_was_traced() -> None:
-    model = fused(in_place_sum)
-    found = parts(model)
-    assert found and parts(resnet_fast.fuse(model)) == found == parts(resnet_fast.fuse(model, generic=True))
-
-
-def test_copies_and_files() -> None:
-    model = resnet_fast.fuse(calibrated(standins.UNet()).eval(), generic=True)
-    expected = run(model)
-    twin = copy.deepcopy(model)
-    assert parts(twin) == parts(model)
-    with torch.no_grad():
-        twin.down1.conv1.weight.mul_(2)
-    assert torch.equal(run(model), expected) and not torch.equal(run(twin), expected)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert not parts(loaded) and type(loaded.down1) is standins.Down
-    torch.testing.assert_close(run(loaded), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_compile_fullgraph() -> None:
-    model = made(in_place_sum).eval()
-    expected = run(model)
-    compiled = torch.compile(resnet_fast.fuse(model, generic=True), fullgraph=True, backend="aot_eager")
-    assert torch.equal(run(compiled), expected)
-
-
-# ---- what changes after fuse() is seen --------------------------------------------------------------------------
-
-
-def attribute(model: nn.Module) -> None:
-    model.rate = 3.0
-
-
-def removed(model: nn.Module) -> None:
-    model.extra = None
-
-
-def hooked(model: nn.Module) -> None:
-    model.bn1.register_forward_hook(lambda m, args, out: out + 1)
-
-
-def other_norm(model: nn.Module) -> None:
-    model.bn2 = nn.GroupNorm(2, 8)
-
-
-def other_function(model: nn.Module) -> None:
-    model.function = torch.sigmoid
-
-
-@pytest.mark.parametrize("change", [attribute, removed, hooked, other_norm, other_function], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_change(change: Callable[[nn.Module], None], train: bool) -> None:
-    plain, ours = made(options).train(train), fused(options).train(train)
-    assert torch.allclose(plain(X), ours(X), rtol=1e-4, atol=1e-4)
-    for model in (plain, ours):
-        change(model)
-    torch.testing.assert_close(ours(X), plain(X), rtol=1e-4, atol=1e-4)
-    assert not parts(ours), f"\n{resnet_fast.explain(ours)}"
-
-
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("where", ["layer2.0.shortcut", "layer1.0.shortcut"])
-def test_a_shortcut_that_grows_is_seen(where: str, train: bool) -> None:
-    """A Sequential that was traced through, and one that was empty and left out."""
-    torch.manual_seed(0)
-    plain = calibrated(standins.cifar()).train(train)
-    ours = resnet_fast.fuse(copy.deepcopy(plain))
-    assert torch.allclose(run(plain), run(ours), rtol=1e-4, atol=1e-4)
-    for model in (plain, ours):
-        run(model)
-        model.get_submodule(where).append(nn.Tanh())
-    torch.testing.assert_close(run(ours), run(plain), rtol=1e-4, atol=1e-4)
-    row = next(row for row in resnet_fast.explain(ours) if row.name == where.rpartition(".")[0])
-    assert row.status == "not", row
-
-
-def test_a_hook_on_a_container_that_was_traced_through() -> None:
-    model = resnet_fast.fuse(calibrated(standins.cifar("ResidualBlock")))
-    seen: list[int] = []
-    model.layer2[0].residual_function.register_forward_hook(lambda m, args, out: seen.append(1))
-    model(X)
-    assert seen == [1]
 
 
 # ---- a sum by itself --------------------------------------------------------------------------------------------
