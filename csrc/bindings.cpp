@@ -155,7 +155,9 @@ void bind_stem(py::module_& module, const Stem& ops) {
       },
       arg("y"), arg("scale"), arg("shift"), arg("z"), arg("index"), arg("n"), arg("h"), arg("w"),
       arg("k"), arg("dtype"), arg("stream") = 0);
+}
 
+void bind_stem_backward(py::module_& module, const StemBackward& ops) {
   define(
       module, "maxpool_backward_sums",
       [f = ops.maxpool_backward_sums](Address dz, Address index, Address y, Address mean,
@@ -332,8 +334,8 @@ void bind_cpu(py::module_ module) {
   bind_bn_act(module, {cpu::bn_workspace, cpu::bn_stats, cpu::bn_finalize, cpu::affine_act});
   bind_bn_act_backward(module, {cpu::affine_act_backward, cpu::bn_backward_sums,
                                 cpu::bn_backward_finalize, cpu::bn_backward_apply});
-  bind_stem(module,
-            {cpu::affine_act_maxpool, cpu::maxpool_backward_sums, cpu::maxpool_backward_apply});
+  bind_stem(module, {cpu::affine_act_maxpool});
+  bind_stem_backward(module, {cpu::maxpool_backward_sums, cpu::maxpool_backward_apply});
 
   bind_winograd(module, {cpu::winograd_weight_size, cpu::winograd_weight, cpu::winograd_workspace,
                          cpu::winograd_conv});
@@ -399,8 +401,8 @@ void bind_cuda(py::module_ module) {
   bind_bn_act(module, {cuda::bn_workspace, cuda::bn_stats, cuda::bn_finalize, cuda::affine_act});
   bind_bn_act_backward(module, {cuda::affine_act_backward, cuda::bn_backward_sums,
                                 cuda::bn_backward_finalize, cuda::bn_backward_apply});
-  bind_stem(module,
-            {cuda::affine_act_maxpool, cuda::maxpool_backward_sums, cuda::maxpool_backward_apply});
+  bind_stem(module, {cuda::affine_act_maxpool});
+  bind_stem_backward(module, {cuda::maxpool_backward_sums, cuda::maxpool_backward_apply});
   define(
       module, "bottleneck",
       [](Address x, Address w1, Address scale1, Address shift1, Address w2, Address scale2,

@@ -286,6 +286,9 @@ struct BnActBackward {
 
 struct Stem {
   void (*affine_act_maxpool)(const AffineActMaxpool&);
+};
+
+struct StemBackward {
   void (*maxpool_backward_sums)(const MaxpoolBackwardSums&);
   void (*maxpool_backward_apply)(const MaxpoolBackwardApply&);
 };

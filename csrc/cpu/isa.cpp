@@ -13,6 +13,7 @@ struct Isa {
   const BnAct* bn_act;
   const BnActBackward* bn_act_backward;
   const Stem* stem;
+  const StemBackward* stem_backward;
   const Winograd* winograd;
   const Direct* direct;
 };
@@ -33,12 +34,12 @@ bool has_avx512() {
 const Isa ISAS[] = {
 #if defined(__x86_64__)
     {"avx512", has_avx512, &avx512::bn_act, &avx512::bn_act_backward, &avx512::stem,
-     &avx512::winograd, &avx512::direct},
-    {"avx2", has_avx2, &avx2::bn_act, &avx2::bn_act_backward, &avx2::stem, &avx2::winograd,
-     &avx2::direct},
+     &avx512::stem_backward, &avx512::winograd, &avx512::direct},
+    {"avx2", has_avx2, &avx2::bn_act, &avx2::bn_act_backward, &avx2::stem, &avx2::stem_backward,
+     &avx2::winograd, &avx2::direct},
 #endif
     {"baseline", [] { return true; }, &baseline::bn_act, &baseline::bn_act_backward,
-     &baseline::stem, &baseline::winograd, &baseline::direct},
+     &baseline::stem, &baseline::stem_backward, &baseline::winograd, &baseline::direct},
 };
 
 const Isa& choose() {
@@ -58,6 +59,7 @@ const Isa& chosen() {
 const BnAct& bn_act() { return *chosen().bn_act; }
 const BnActBackward& bn_act_backward() { return *chosen().bn_act_backward; }
 const Stem& stem() { return *chosen().stem; }
+const StemBackward& stem_backward() { return *chosen().stem_backward; }
 const Winograd& winograd() { return *chosen().winograd; }
 const Direct& direct() { return *chosen().direct; }
 
@@ -78,9 +80,11 @@ void bn_backward_finalize(const BnBackwardFinalize& args) {
 }
 void bn_backward_apply(const BnBackwardApply& args) { bn_act_backward().bn_backward_apply(args); }
 void affine_act_maxpool(const AffineActMaxpool& args) { stem().affine_act_maxpool(args); }
-void maxpool_backward_sums(const MaxpoolBackwardSums& args) { stem().maxpool_backward_sums(args); }
+void maxpool_backward_sums(const MaxpoolBackwardSums& args) {
+  stem_backward().maxpool_backward_sums(args);
+}
 void maxpool_backward_apply(const MaxpoolBackwardApply& args) {
-  stem().maxpool_backward_apply(args);
+  stem_backward().maxpool_backward_apply(args);
 }
 int64_t winograd_weight_size(int64_t c, int64_t k) { return winograd().winograd_weight_size(c, k); }
 void winograd_weight(const WinogradWeight& args) { winograd().winograd_weight(args); }

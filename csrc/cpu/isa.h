@@ -1,5 +1,5 @@
-// bn_act.cpp, bn_act_backward.cpp, stem.cpp, winograd.cpp and direct.cpp as they were compiled for
-// each instruction set.
+// bn_act.cpp, bn_act_backward.cpp, stem.cpp, stem_backward.cpp, winograd.cpp and direct.cpp as they
+// were compiled for each instruction set.
 #pragma once
 
 #include "../resnet_fast.h"
@@ -10,6 +10,7 @@ namespace baseline {
 extern const BnAct bn_act;
 extern const BnActBackward bn_act_backward;
 extern const Stem stem;
+extern const StemBackward stem_backward;
 extern const Winograd winograd;
 extern const Direct direct;
 }  // namespace baseline
@@ -19,6 +20,7 @@ namespace avx2 {
 extern const BnAct bn_act;
 extern const BnActBackward bn_act_backward;
 extern const Stem stem;
+extern const StemBackward stem_backward;
 extern const Winograd winograd;
 extern const Direct direct;
 }  // namespace avx2
@@ -27,6 +29,7 @@ namespace avx512 {
 extern const BnAct bn_act;
 extern const BnActBackward bn_act_backward;
 extern const Stem stem;
+extern const StemBackward stem_backward;
 extern const Winograd winograd;
 extern const Direct direct;
 }  // namespace avx512
