@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -274,13 +274,19 @@ def _run(
     residual: Tensor | None,
     identity: bool,
     disposable: bool,
+    side: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor | None:
-    """``folded_block`` of an ``x`` known to be harmless. None where the residual's shape is another than z's."""
+    """``folded_block`` of an ``x`` known to be harmless. None where the residual's shape is another than z's.
+
+    ``side`` makes the residual, a new tensor.
+    """
     overwrite = False
     if projection is not None:
         residual, overwrite = projection(x), True
     elif identity:
         residual, overwrite = x, disposable
+    elif side is not None:
+        residual, overwrite = side(x), True
     for layer in layers[:-1]:
         x = layer(x)
     if residual is not None:
@@ -296,12 +302,15 @@ class _Step(NamedTuple):
     layers: list[Folded]
     projection: Folded | None
     identity: bool
+    side: Callable[[Tensor], Tensor] | None
     gain: float
     offset: float
     limit: float
 
 
-def _step(layers: list[Folded], projection: Folded | None, identity: bool) -> _Step:
+def _step(
+    layers: list[Folded], projection: Folded | None, identity: bool, side: Callable[[Tensor], Tensor] | None
+) -> _Step:
     """Bounds are affine in max|x|, layer by layer: gain * max|x| + offset."""
     limit, gain, offset = _LARGEST, 1.0, 0.0
 
@@ -314,28 +323,34 @@ def _step(layers: list[Folded], projection: Folded | None, identity: bool) -> _S
         check()
     if projection is not None:
         gain, offset = gain + projection.gain, offset + projection.offset
-    elif identity:
+    elif identity or side is not None:
         gain += 1.0
     check()
-    return _Step(layers, projection, identity, gain, offset, limit)
+    return _Step(layers, projection, identity, side, gain, offset, limit)
 
 
 class Program:
     """The blocks of a stage, folded, back to back: one look at whether anything has changed, and at most one at x.
 
     Made of the caches of its blocks, which have just run: ``blocks`` gives each one's cache, whether it has a
-    projection, and whether its shortcut is the identity. ``situation`` and ``watch`` are the stage's, as for FoldCache.
+    projection, whether its shortcut is the identity, and what else makes it: a new tensor, of numbers no larger than
+    those of x. ``situation`` and ``watch`` are the stage's, as for FoldCache.
     """
 
-    def __init__(self, blocks: Sequence[tuple[FoldCache, bool, bool]], situation: Any, watch: Watch) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[tuple[FoldCache, bool, bool, Callable[[Tensor], Tensor] | None]],
+        situation: Any,
+        watch: Watch,
+    ) -> None:
         self._situation, self._watch = situation, watch
         self._steps: list[_Step] = []
         tensors: list[Tensor] = []
-        for cache, projection, identity in blocks:
+        for cache, projection, identity, side in blocks:
             entry = cache._entry
             assert entry is not None
             end = len(entry.folded) - projection
-            self._steps.append(_step(entry.folded[:end], entry.folded[-1] if projection else None, identity))
+            self._steps.append(_step(entry.folded[:end], entry.folded[-1] if projection else None, identity, side))
             tensors += entry.tensors
         self._memory = backend("native").Memory(tensors)
 
@@ -356,7 +371,7 @@ class Program:
                 if not bound < step.limit:
                     return None
             operand = cast(operand, step.layers[0].dtype)
-            z = _run(operand, step.layers, step.projection, None, step.identity, operand is not x)
+            z = _run(operand, step.layers, step.projection, None, step.identity, operand is not x, step.side)
             if z is None:
                 return None
             operand, bound = z, step.gain * bound + step.offset

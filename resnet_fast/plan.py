@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 __all__ = [
     "NORMS",
+    "SUBSAMPLES",
     "BlockPlan",
     "Check",
     "ConvBnPath",
     "HostPlan",
     "Join",
+    "Misfit",
     "Norm",
     "NormAct",
     "Opaque",
@@ -37,6 +39,14 @@ __all__ = [
 
 class Refusal(Exception):
     """Why a block cannot run fused, now or ever; the message is what explain() shows."""
+
+
+class Misfit(Refusal):
+    """A shortcut has been called, once, and torch's own rules must add what came out, ``summand``."""
+
+    def __init__(self, reason: str, summand: Any) -> None:
+        super().__init__(reason)
+        self.summand = summand
 
 
 class Slower(Refusal):
@@ -60,6 +70,11 @@ NORMS: dict[str, Norm] = {
     "torch.nn.modules.batchnorm.BatchNorm2d": Norm(),
     "torch.nn.modules.batchnorm.SyncBatchNorm": Norm(),
 }
+
+
+#: Shortcuts of which enough is known to call them inside a stage's program, by qualified class name: new tensors, of
+#: numbers of x and zeros, by x and attributes alone.
+SUBSAMPLES = frozenset(("resnet_fast.models.blocks.SubsamplePad",))
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from .guards import (
     transformed,
 )
 from .inference import fused_block
-from .plan import BlockPlan, ConvBnPath, Join, Opaque, Refusal, Slower, find
+from .plan import SUBSAMPLES, BlockPlan, ConvBnPath, Join, Misfit, Opaque, Refusal, Slower, find, qualified
 from .watch import Watch
 
 __all__ = [
@@ -149,10 +149,8 @@ def _run(
     dtype = handed.dtype or x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    if plan.shortcut == "given":
-        check_summand(residual, dtype, x.device)
-        if folded is None:
-            check_given(residual, x, layers)
+    if residual is not None:
+        _check_residual(plan, residual, x, dtype, layers if folded is None else None)
     given = folded is not None or not (any(la.batch_stats for la in every) or needs_grad(x, residual, every))
     if folded is None and given:
         wide = arithmetic(x.device, dtype, every, projection is not None)
@@ -169,8 +167,8 @@ def _run(
                 return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound if keeps else None)
             return cast(z, dtype), _OUTSIDE
         layers, projection = look(module, plan, cache).found
-        if plan.shortcut == "given":
-            check_given(residual, x, layers)
+        if residual is not None:
+            _check_residual(plan, residual, x, dtype, layers)
     x = narrow(x, handed)
     identity = plan.shortcut == "identity"
     pool, known = pool_of(module, plan)
@@ -179,6 +177,20 @@ def _run(
     fused = fused_block(x, layers, **options) if given and x.device.type == "cuda" else None
     z = f.residual_block(x, layers, **options) if fused is None else fused
     return z if pool is None or known else pool(z), _OUTSIDE
+
+
+def _check_residual(
+    plan: BlockPlan, residual: Any, x: Tensor, dtype: torch.dtype, layers: list[f.ConvBn] | None
+) -> None:
+    """Refuse a residual from elsewhere that torch's own rules must add to a ``dtype``; ``layers``: its shape, too."""
+    try:
+        check_summand(residual, dtype, x.device)
+        if layers is not None:
+            check_given(residual, x, layers)
+    except Refusal as error:
+        if isinstance(plan.shortcut, Opaque):
+            raise Misfit(str(error), residual) from None
+        raise
 
 
 def _check_promotion(x: Any, handed: Handed) -> None:
@@ -194,21 +206,27 @@ def program(
     stage: nn.Module, plans: list[BlockPlan], caches: list[FoldCache], situation: tuple[Any, ...]
 ) -> Program | None:
     """The blocks of ``stage``, which have just run in ``situation``, as one program; None where one of them did not run
-    folded, or must be called for its shortcut.
+    folded, or has a shortcut of which nothing is known.
     """
     if not switches.on("programs"):
         return None
-    if any(isinstance(plan.shortcut, Opaque) or plan.pool for plan in plans):
+    if any(plan.pool for plan in plans):
         return None
     if not all(cache.is_folded for cache in caches):
         return None
     paths = [
         f"{name}.{path}" for name, plan in zip(stage._modules, plans, strict=True) for path in plan.paths + plan.idle
     ]
-    blocks = [
-        (cache, isinstance(plan.shortcut, ConvBnPath), plan.shortcut == "identity")
-        for cache, plan in zip(caches, plans, strict=True)
-    ]
+    blocks = []
+    for name, plan, cache in zip(stage._modules, plans, caches, strict=True):
+        side = None
+        if isinstance(plan.shortcut, Opaque):
+            paths.append(f"{name}.{plan.shortcut.path}")
+            side = find(stage, paths[-1])
+            kind: Any = type(side)
+            if side is None or qualified(kind) not in SUBSAMPLES or "forward" in vars(side):
+                return None
+        blocks.append((cache, isinstance(plan.shortcut, ConvBnPath), plan.shortcut == "identity", side))
     return Program(blocks, situation, Watch(stage, paths))
 
 
@@ -261,7 +279,7 @@ def _run_folded(
 
 
 def run_unfused(module: nn.Module, plan: BlockPlan | Join, x: Tensor, residual: Any = None) -> Tensor:
-    """A part as its own modules would run it, one after the other."""
+    """A part as its own modules would run it, one after the other; a ``residual`` that there is is not made again."""
 
     def act(path: str | bool, x: Tensor) -> Tensor:
         if isinstance(path, bool):
@@ -274,7 +292,9 @@ def run_unfused(module: nn.Module, plan: BlockPlan | Join, x: Tensor, residual: 
 
     def total(x: Tensor, residual: Any) -> Tensor:
         z = x + residual
-        return z if plan.promotes else z.to(x.dtype)
+        if plan.promotes:
+            return z
+        return z.to(x.dtype) if z.shape == x.shape else x.add_(residual)  # which torch refuses
 
     if isinstance(plan, Join):
         return act(plan.act, total(x, residual))
@@ -284,8 +304,10 @@ def run_unfused(module: nn.Module, plan: BlockPlan | Join, x: Tensor, residual: 
         if i == len(plan.layers) - 1 and plan.shortcut is not None:
             if isinstance(plan.shortcut, ConvBnPath):
                 residual = norm(plan.shortcut, side)
-            elif plan.shortcut != "given":
-                residual = side if plan.shortcut == "identity" else find(module, plan.shortcut.path)(side)  # type: ignore[union-attr]
+            elif plan.shortcut == "identity":
+                residual = side
+            elif isinstance(plan.shortcut, Opaque) and residual is None:
+                residual = find(module, plan.shortcut.path)(side)
             x = total(x, residual)
         if not layer.has_inner_act:
             x = act(layer.act, x)

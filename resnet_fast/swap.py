@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import norm_act
 from .folding import FoldCache, Program
 from .guards import Decision, decide
-from .plan import BlockPlan, HostPlan, Join, NormAct, Refusal, Slower
+from .plan import BlockPlan, HostPlan, Join, Misfit, NormAct, Refusal, Slower
 from .running import Handed, narrow, program, run, run_join, run_program, run_unfused, stage_situation
 from .watch import Watch
 
@@ -124,7 +124,7 @@ def _forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
     plan = state.plan
     if state in _resting.get():
         return getattr(type(self)._resnet_fast_original, state.method)(self, *args, **kwargs)
-    refusal = None
+    refusal, misfit = None, None
     x: Any = args[0] if args else None
     handed = _taken(x)
     rest = state.rest
@@ -150,10 +150,13 @@ def _forward(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         return z
     except Refusal as error:
         refusal = str(error)
+        misfit = error if isinstance(error, Misfit) else None
         _Busy.calls += type(error) is not Slower
     finally:
         if state.refusal != refusal:
             state.refusal = refusal
+    if misfit is not None and isinstance(plan, BlockPlan):  # parts of a host see to theirs
+        return run_unfused(self, plan, narrow(x, handed), misfit.summand)
     original = type(self)._resnet_fast_original
     return getattr(original, state.method)(self, *(narrow(x, handed), *args[1:])[: len(args)], **kwargs)
 
@@ -183,6 +186,7 @@ class _Parts:
             return answer
         except Refusal as error:
             self.refusal = str(error)
+            residual = error.summand if isinstance(error, Misfit) else residual
             _Busy.calls += type(error) is not Slower
         if isinstance(what, NormAct):
             return norm_act.run_unfused(self._module, what, x), _NOTHING

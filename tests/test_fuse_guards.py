@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.nn.utils.prune
 from torch import nn
 
 import resnet_fast
-from resnet_fast import models
+from resnet_fast import guards, models
 from tests.fusing import X, net, run, statuses
 
 # ---- guards: the block steps back -----------------------------------------------------------------------------------
@@ -138,6 +140,68 @@ def test_one_norm_in_two_places(momentum: float | None) -> None:
     assert "two places" in resnet_fast.explain(ours)[0].reason
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+class Scalar(nn.Module):
+    def forward(self, x: torch.Tensor) -> float:
+        return 0.5
+
+
+class Wide(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double()
+
+
+#: What eager PyTorch's ``out += shortcut(x)`` adds all the same, or refuses in its own words.
+SHORTCUTS = {
+    "per channel": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1)),
+    "one channel": lambda: nn.Sequential(nn.Conv2d(8, 1, 1), nn.Dropout(0.5)),
+    "one image": lambda: nn.Sequential(nn.Flatten(0, 1), nn.Unflatten(0, (2, 8)), nn.BatchNorm2d(8), nn.MaxPool2d(9)),
+    "scalar": Scalar,
+    "wide": Wide,
+    "small": lambda: nn.Conv2d(8, 8, 3),
+    "few channels": lambda: nn.Conv2d(8, 4, 1),
+}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("make", SHORTCUTS.values(), ids=SHORTCUTS)
+@pytest.mark.parametrize("size", [9, 1])
+def test_a_shortcut_that_torch_must_add(make: Callable[[], nn.Module], train: bool, size: int) -> None:
+    """It is called once, and added by torch's rules."""
+    torch.manual_seed(0)
+    plain = models.BasicBlock(8, 8)
+    plain.downsample = make()
+    plain.train(train)
+    if size == 1:  # then the main path is the smaller one
+        plain.conv2.stride = plain.conv1.stride = (9, 9)
+    fused = resnet_fast.fuse(copy.deepcopy(plain))
+    calls: list[nn.Module] = []
+    for m in (plain, fused):
+        m.downsample.register_forward_hook(lambda m, args, out: calls.append(m))
+    with guards.any_size():
+        for step in range(3):
+            x = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last)
+            results: list[Any] = []
+            for m in (plain, fused):
+                at = x.clone().requires_grad_(train)
+                m.zero_grad()
+                torch.manual_seed(step)
+                try:
+                    with torch.set_grad_enabled(train):
+                        z = m(at)
+                except RuntimeError as error:
+                    results.append(type(error))
+                    continue
+                results.append([z])
+                if train:
+                    z.square().sum().backward()
+                    results[-1] += [at.grad, *(p.grad for p in m.parameters()), *m.buffers()]
+            if isinstance(results[0], list):
+                torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+            else:
+                assert results[0] is results[1]
+    assert len(calls) == 6 and calls.count(plain.downsample) == 3
 
 
 @pytest.mark.parametrize("layout", ["to_sparse", "to_mkldnn"])

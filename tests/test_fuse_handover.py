@@ -166,6 +166,87 @@ def test_a_deep_stage_is_measured_where_its_bound_has_grown(measured: list[Tenso
     assert torch.equal(run(fused, x).isnan(), run(stage, x).isnan())
 
 
+def padded() -> models.CifarResNet:
+    """Shortcuts of option A: the image subsampled, and channels of zeros."""
+    return calibrated(models.cifar_resnet20()).eval()
+
+
+SMALL = X[..., ::2, ::2].contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [32, 31, 1])
+def test_option_a_runs_as_one_program(measured: list[Tensor], dtype: torch.dtype, size: int) -> None:
+    plain = padded().to(dtype)
+    model = resnet_fast.fuse(copy.deepcopy(plain))
+    x = SMALL[..., :size, :size].to(dtype)
+    for _ in range(3):
+        measured.clear()
+        ours = run(model, x)
+    assert [name for name in ("layer1", "layer2", "layer3") if programmed(model, name)] == [
+        "layer1",
+        "layer2",
+        "layer3",
+    ]
+    assert len(measured) == 1 and measured[0].shape == x.shape
+    theirs, reference = run(plain, x), run(copy.deepcopy(plain).double(), x.double())
+    error = (theirs - reference).abs().max().item()
+    assert (ours - reference).abs().max().item() <= 2 * error + 16 * torch.finfo(
+        dtype
+    ).eps * reference.abs().max().item()
+
+
+def programmed(model: nn.Module, name: str) -> bool:
+    return model.get_submodule(name).__dict__["_resnet_fast"].program is not None
+
+
+class Halved(models.SubsamplePad):
+    """Not what its base class is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+SHORTCUTS: dict[str, Callable[[models.BasicBlock], Any]] = {
+    "stride": lambda b: setattr(b.downsample, "stride", 1),  # and then the sum is refused, as torch refuses it
+    "channels": lambda b: setattr(b.downsample, "in_channels", 40),
+    "class": lambda b: setattr(b, "downsample", Halved(16, 32, 2)),
+    "own_class": lambda b: setattr(b.downsample, "__class__", Halved),
+    "module": lambda b: setattr(
+        b, "downsample", nn.Sequential(nn.MaxPool2d(1, 2), nn.ConstantPad3d((0,) * 5 + (16,), 9.0))
+    ),
+    "forward": lambda b: setattr(b.downsample, "forward", lambda x: models.SubsamplePad.forward(b.downsample, x) + 1),
+    "hook": lambda b: b.downsample.register_forward_hook(lambda m, args, out: out * 3),
+    "pre_hook": lambda b: b.downsample.register_forward_pre_hook(lambda m, args: (args[0] * 3,)),
+}
+
+
+@pytest.mark.parametrize("change", SHORTCUTS.values(), ids=SHORTCUTS)
+@pytest.mark.parametrize("later", [True, False], ids=["later", "before"])
+def test_another_shortcut_is_seen(change: Callable[[models.BasicBlock], Any], later: bool) -> None:
+    """Before the stage became a program, and after."""
+    plain = padded()
+    model = resnet_fast.fuse(copy.deepcopy(plain))
+    if later:
+        for _ in range(3):
+            run(model, SMALL)
+        assert programmed(model, "layer2")
+    answers: list[Any] = []
+    for m in (plain, model):
+        change(m.layer2[0])
+        for _ in range(3):
+            try:
+                answer: Any = run(m, SMALL)
+            except RuntimeError as error:
+                answer = type(error)
+        answers.append(answer)
+    theirs, ours = answers
+    if isinstance(theirs, Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    else:
+        assert ours is theirs
+
+
 def swap_data(b: models.BasicBlock) -> None:
     b.conv1.weight.data = b.conv1.weight.detach() * 2
 
