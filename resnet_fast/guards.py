@@ -194,6 +194,10 @@ def collect(module: nn.Module, plan: BlockPlan) -> tuple[list[f.ConvBn], f.ConvB
     moved = [id(la.running_mean) for la in every if la.batch_stats and la.running_mean is not None]
     if len(set(moved)) < len(moved):
         raise Refusal("one batch norm stands in two places, and its statistics move from one to the other")
+    first, last = layers[0].weight, layers[-1].weight
+    side = projection.weight.shape[0] if projection else first.shape[1] * layers[0].groups
+    if (projection or plan.shortcut == "identity") and side != last.shape[0]:
+        raise Refusal(f"a summand has {side} channels, the other one {last.shape[0]}")
     return layers, projection
 
 
@@ -283,6 +287,7 @@ class Seen(NamedTuple):
     found: tuple[list[f.ConvBn], f.ConvBn | None]
     work: Work | None
     prepared: f.Prepared | None  # for training; None where every call must look for itself
+    fits: bool  # both sides of the sum have one shape for every input; if not, see check_sum
 
 
 def look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> Seen:
@@ -300,8 +305,23 @@ def look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> Seen:
     prepared = None
     if alone and (pool is None or (known and found[0][-1].relu)):
         prepared = f.prepare(*found, identity=plan.shortcut == "identity", pool=pool is not None)
-    seen = cache.seen = Seen(watch, key, found, work_of(module, plan, *found), prepared)
+    fits = True
+    if alone and plan.shortcut is not None:
+        main, side = _stride(found[0]), _stride([found[1]] if found[1] else [])
+        fits = main is not None and main == side
+    seen = cache.seen = Seen(watch, key, found, work_of(module, plan, *found), prepared, fits)
     return seen
+
+
+def _stride(layers: list[f.ConvBn]) -> tuple[int, int] | None:
+    """Of a chain whose output is ceil(size / stride) high and wide for every size: that stride. None of another."""
+    total = [1, 1]
+    for layer in layers:
+        for i in (0, 1):
+            if 2 * layer.padding[i] != layer.dilation[i] * (layer.weight.shape[2 + i] - 1):
+                return None
+            total[i] *= layer.stride[i]
+    return total[0], total[1]
 
 
 def faster_unfused(x: Tensor, signature: Signature | None, work: Work | None) -> str | None:
@@ -420,6 +440,13 @@ def check_given(residual: Any, x: Tensor, layers: list[f.ConvBn]) -> None:
     shape = (x.shape[0], layers[-1].weight.shape[0], *_sizes(x, layers)[-1])
     if tuple(residual.shape) != shape:
         raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {shape}")
+
+
+def check_sum(x: Tensor, layers: list[f.ConvBn], projection: f.ConvBn | None) -> None:
+    """Refuse a block of whose sum torch's rules of broadcasting would have to judge."""
+    side = _sizes(x, [projection])[-1] if projection else tuple(x.shape[2:])
+    if side != (main := _sizes(x, layers)[-1]):
+        raise Refusal(f"a summand is {side[0]} x {side[1]}, the other one {main[0]} x {main[1]}")
 
 
 def _sizes(x: Tensor, layers: list[f.ConvBn]) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from .guards import (
     check_context,
     check_given,
     check_input,
+    check_sum,
     check_summand,
     check_values,
     decide,
@@ -129,6 +130,8 @@ def _run(
         usual = seen.prepared is not None and handed.dtype is None and is_usual(x, seen.prepared)
         if not usual:
             check_input(x, every, handed.dtype)
+        if not seen.fits:
+            check_sum(x, *seen.found)
         if needs_grad(x, None, every):
             signature = None
             if measured_blocks(x.device):
@@ -166,7 +169,10 @@ def _run(
                 keeps = pool is None or known  # a maximum is no larger than what it is of
                 return z, Handed(dtype=None if z.dtype == dtype else dtype, bound=bound if keeps else None)
             return cast(z, dtype), _OUTSIDE
-        layers, projection = look(module, plan, cache).found
+        seen = look(module, plan, cache)
+        layers, projection = seen.found
+        if not seen.fits:
+            check_sum(x, layers, projection)
         if residual is not None:
             _check_residual(plan, residual, x, dtype, layers)
     x = narrow(x, handed)
