@@ -336,7 +336,7 @@ def blocks(draw: Any, c: int | None = None) -> Block:
         return Block(kind, (draw(layers(c, draw(WIDTHS))),))
     if kind in TRACED:
         return draw(traced(kind, c))
-    shortcut = draw(st.sampled_from(("identity", "identity", "projection", "opaque")))
+    shortcut = draw(st.sampled_from((*("identity", "identity", "projection", "opaque") * 3, "misfit")))
     middle = draw(WIDTHS)
     k = c if shortcut == "identity" else draw(WIDTHS)
     stride = 1 if shortcut == "identity" else draw(st.sampled_from((1, 2)))
@@ -350,6 +350,8 @@ def blocks(draw: Any, c: int | None = None) -> Block:
     side: Any = shortcut
     if shortcut == "projection":
         side = dataclasses.replace(draw(layers(c, k, 1, stride, same=True)), dilation=1)
+    elif shortcut == "misfit":  # it broadcasts, or torch refuses the sum
+        side = draw(st.sampled_from((draw(layers(c, draw(st.sampled_from((1, k))))), "identity")))
     return Block(kind, tuple(found), side)
 
 
