@@ -19,6 +19,7 @@ from . import functional as f
 from .dispatch import forced_backend, measured_blocks
 from .folding import FoldCache
 from .plan import BlockPlan, ConvBnPath, Join, Opaque, Refusal, check_idle, check_plain, find, norm_of, qualified
+from .sums import always_fits, sizes
 from .tables import Signature
 from .watch import Watch
 
@@ -31,9 +32,7 @@ __all__ = [
     "any_size",
     "block_signature",
     "check_context",
-    "check_given",
     "check_input",
-    "check_summand",
     "check_values",
     "collect",
     "decide",
@@ -287,7 +286,7 @@ class Seen(NamedTuple):
     found: tuple[list[f.ConvBn], f.ConvBn | None]
     work: Work | None
     prepared: f.Prepared | None  # for training; None where every call must look for itself
-    fits: bool  # both sides of the sum have one shape for every input; if not, see check_sum
+    fits: bool  # see sums.always_fits
 
 
 def look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> Seen:
@@ -305,23 +304,9 @@ def look(module: nn.Module, plan: BlockPlan, cache: FoldCache) -> Seen:
     prepared = None
     if alone and (pool is None or (known and found[0][-1].relu)):
         prepared = f.prepare(*found, identity=plan.shortcut == "identity", pool=pool is not None)
-    fits = True
-    if alone and plan.shortcut is not None:
-        main, side = _stride(found[0]), _stride([found[1]] if found[1] else [])
-        fits = main is not None and main == side
+    fits = always_fits(plan, *found)
     seen = cache.seen = Seen(watch, key, found, work_of(module, plan, *found), prepared, fits)
     return seen
-
-
-def _stride(layers: list[f.ConvBn]) -> tuple[int, int] | None:
-    """Of a chain whose output is ceil(size / stride) high and wide for every size: that stride. None of another."""
-    total = [1, 1]
-    for layer in layers:
-        for i in (0, 1):
-            if 2 * layer.padding[i] != layer.dilation[i] * (layer.weight.shape[2 + i] - 1):
-                return None
-            total[i] *= layer.stride[i]
-    return total[0], total[1]
 
 
 def faster_unfused(x: Tensor, signature: Signature | None, work: Work | None) -> str | None:
@@ -435,46 +420,13 @@ def is_usual(x: Any, prepared: f.Prepared) -> bool:
     return x.shape[1] == channels and x.numel() > 0 and not torch.is_autocast_enabled("cpu" if device < 0 else "cuda")
 
 
-def check_given(residual: Any, x: Tensor, layers: list[f.ConvBn]) -> None:
-    """Refuse a residual from elsewhere that torch's rules of broadcasting would have to judge."""
-    shape = (x.shape[0], layers[-1].weight.shape[0], *_sizes(x, layers)[-1])
-    if tuple(residual.shape) != shape:
-        raise Refusal(f"a summand is {tuple(residual.shape)}, the other one {shape}")
-
-
-def check_sum(x: Tensor, layers: list[f.ConvBn], projection: f.ConvBn | None) -> None:
-    """Refuse a block of whose sum torch's rules of broadcasting would have to judge."""
-    side = _sizes(x, [projection])[-1] if projection else tuple(x.shape[2:])
-    if side != (main := _sizes(x, layers)[-1]):
-        raise Refusal(f"a summand is {side[0]} x {side[1]}, the other one {main[0]} x {main[1]}")
-
-
-def _sizes(x: Tensor, layers: list[f.ConvBn]) -> list[tuple[int, int]]:
-    """Height and width of every layer's output."""
-    size, sizes = list(x.shape[2:]), []
-    for layer in layers:
-        for i in (0, 1):
-            span = layer.dilation[i] * (layer.weight.shape[2 + i] - 1)
-            size[i] = (size[i] + 2 * layer.padding[i] - span - 1) // layer.stride[i] + 1
-        sizes.append((size[0], size[1]))
-    return sizes
-
-
 def check_values(x: Tensor, layers: list[f.ConvBn]) -> None:
     """Refuse, before a shortcut is called, what a batch norm of the main path would: one value per channel."""
     if x.shape[0] == 1 and any(
         layer.batch_stats and layer.group is None and size == (1, 1)
-        for layer, size in zip(layers, _sizes(x, layers), strict=True)
+        for layer, size in zip(layers, sizes(x, layers), strict=True)
     ):
         raise Refusal("there is one value per channel")
-
-
-def check_summand(t: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a residual from elsewhere that torch's rules of promotion would have to judge."""
-    if type(t) is not Tensor and type(t) is not nn.Parameter:
-        raise Refusal(f"a summand is {type(t).__name__}, supported is torch.Tensor")
-    if t.dim() != 4 or t.dtype != dtype or t.device != device or t.layout is not torch.strided:
-        raise Refusal(f"a summand is {tuple(t.shape)}, {t.dtype} on {t.device}, the other one {dtype} on {device}")
 
 
 def needs_grad(x: Tensor, residual: Tensor | None, layers: list[f.ConvBn]) -> bool:

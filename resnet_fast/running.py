@@ -17,10 +17,7 @@ from .guards import (
     POOL,
     block_signature,
     check_context,
-    check_given,
     check_input,
-    check_sum,
-    check_summand,
     check_values,
     decide,
     faster_unfused,
@@ -35,6 +32,7 @@ from .guards import (
 )
 from .inference import fused_block
 from .plan import SUBSAMPLES, BlockPlan, ConvBnPath, Join, Misfit, Opaque, Refusal, Slower, find, qualified
+from .sums import check_given, check_summand, misfit
 from .watch import Watch
 
 __all__ = [
@@ -130,8 +128,8 @@ def _run(
         usual = seen.prepared is not None and handed.dtype is None and is_usual(x, seen.prepared)
         if not usual:
             check_input(x, every, handed.dtype)
-        if not seen.fits:
-            check_sum(x, *seen.found)
+        if not seen.fits and (reason := misfit(plan, x, *seen.found)):
+            raise Refusal(reason)
         if needs_grad(x, None, every):
             signature = None
             if measured_blocks(x.device):
@@ -171,8 +169,8 @@ def _run(
             return cast(z, dtype), _OUTSIDE
         seen = look(module, plan, cache)
         layers, projection = seen.found
-        if not seen.fits:
-            check_sum(x, layers, projection)
+        if not seen.fits and (reason := misfit(plan, x, layers, projection)):
+            raise Refusal(reason)
         if residual is not None:
             _check_residual(plan, residual, x, dtype, layers)
     x = narrow(x, handed)

@@ -20,6 +20,7 @@ from . import functional as f
 from .dispatch import OPS, PARTS, SIGNATURES
 from .guards import Work, block_signature, collect, faster_unfused, pools, work_of
 from .plan import BlockPlan, ConvBnPath, Opaque, Refusal, find
+from .sums import misfit
 from .tables import Candidate, Row, Signature
 
 __all__ = ["Call", "Part", "Step", "apart", "describe", "inputs", "parts", "requests", "steps"]
@@ -215,7 +216,7 @@ def parts(module: nn.Module, plan: BlockPlan, seen: Inputs, fuses: Fuses = fuses
         return
     first = find(module, plan.layers[0].conv)
     for x in seen.get(id(first.weight), ()):
-        if x.dtype == torch.float64 or layers[0].weight.dtype == torch.float64:
+        if torch.float64 in (x.dtype, layers[0].weight.dtype) or misfit(plan, x, layers, projection):
             continue
         pool = pools(module, plan, layers)
         signature = block_signature(x, layers, projection, plan, pool)
@@ -301,7 +302,7 @@ def requests(
     residual = plan.shortcut == "given" or isinstance(plan.shortcut, Opaque)
     pool = pools(module, plan, layers)
     for x in seen.get(id(find(module, plan.layers[0].conv).weight), ()):
-        if x.dtype == torch.float64 or layers[0].weight.dtype == torch.float64:
+        if torch.float64 in (x.dtype, layers[0].weight.dtype) or misfit(plan, x, layers, projection):
             continue
         where = device or x.device
         dtype = torch.get_autocast_dtype(where.type) if torch.is_autocast_enabled(where.type) else x.dtype
