@@ -150,7 +150,8 @@ def _run(
     dtype = handed.dtype or x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    if residual is not None:
+    elsewhere = plan.shortcut == "given" or isinstance(plan.shortcut, Opaque)
+    if elsewhere:
         _check_residual(plan, residual, x, dtype, layers if folded is None else None)
     given = folded is not None or not (any(la.batch_stats for la in every) or needs_grad(x, residual, every))
     if folded is None and given:
@@ -171,7 +172,7 @@ def _run(
         layers, projection = seen.found
         if not seen.fits and (reason := misfit(plan, x, layers, projection)):
             raise Refusal(reason)
-        if residual is not None:
+        if elsewhere:
             _check_residual(plan, residual, x, dtype, layers)
     x = narrow(x, handed)
     identity = plan.shortcut == "identity"
