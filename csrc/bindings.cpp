@@ -211,6 +211,26 @@ void bind_winograd(py::module_& module, const Winograd& ops) {
       arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("threads"), arg("dtype"), arg("relu"));
 }
 
+void bind_winograd_gradient(py::module_& module, const WinogradGradient& ops) {
+  define(
+      module, "winograd_wgrad_workspace",
+      [f = ops.winograd_wgrad_workspace](int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
+                                         int64_t threads) {
+        return f({nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, n, h, w, c, k, threads});
+      },
+      arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("threads"));
+
+  define(
+      module, "winograd_wgrad",
+      [f = ops.winograd_wgrad](Address dy, Address x, Address scale, Address shift, Address dw,
+                               Address workspace, int64_t n, int64_t h, int64_t w, int64_t c,
+                               int64_t k, int64_t threads, DType dtype) {
+        f({dy, x, scale, shift, dw, workspace, n, h, w, c, k, threads, dtype});
+      },
+      arg("dy"), arg("x"), arg("scale") = 0, arg("shift") = 0, arg("dw"), arg("workspace"),
+      arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("threads"), arg("dtype"));
+}
+
 /// A dictionary's own memory, and what it points to first, will be read soon.
 void ask_for(const PyObject* dict, bool with_keys) {
   constexpr int LINE = 64, LINES = 5;
@@ -339,6 +359,7 @@ void bind_cpu(py::module_ module) {
 
   bind_winograd(module, {cpu::winograd_weight_size, cpu::winograd_weight, cpu::winograd_workspace,
                          cpu::winograd_conv});
+  bind_winograd_gradient(module, {cpu::winograd_wgrad_workspace, cpu::winograd_wgrad});
   bind_direct(module, {cpu::direct_panel, cpu::direct_workspace, cpu::direct_conv});
 
   module.def("isa", cpu::isa, "The instruction set chosen for this process.");

@@ -213,6 +213,21 @@ struct WinogradConv {
   bool relu;
 };
 
+/// dw = the gradient of the filters of such a convolution: dy is (n, h, w, k), x (n, h, w, c), dw
+/// (k, 3, 3, c). Behind scale and shift (c,), if there are any, x is act(x * scale + shift), act
+/// ReLU. workspace: winograd_wgrad_workspace floats, for at most `threads` threads. A NaN or an
+/// infinity in x or dy spreads over all taps.
+struct WinogradWgrad {
+  const void* dy;
+  const void* x;
+  const float* scale;
+  const float* shift;
+  float* dw;
+  float* workspace;
+  int64_t n, h, w, c, k, threads;
+  DType dtype;
+};
+
 /// z = act(conv(x, w) + shift + residual), without dilation and groups: x is (n, h, w, c), z and
 /// residual (n, p, q, k), weights (ceil(k / panel), r, s, c, panel) with 0 behind the last output
 /// channel, where `panel` is direct_panel(). act is ReLU or nothing; shift and residual may be
@@ -300,6 +315,11 @@ struct Winograd {
   void (*winograd_conv)(const WinogradConv&);
 };
 
+struct WinogradGradient {
+  int64_t (*winograd_wgrad_workspace)(const WinogradWgrad&);
+  void (*winograd_wgrad)(const WinogradWgrad&);
+};
+
 struct Direct {
   int64_t (*direct_panel)();
   int64_t (*direct_workspace)(const DirectConv&);
@@ -324,6 +344,8 @@ int64_t winograd_weight_size(int64_t c, int64_t k);
 void winograd_weight(const WinogradWeight& args);
 int64_t winograd_workspace(const WinogradConv& args);
 void winograd_conv(const WinogradConv& args);
+int64_t winograd_wgrad_workspace(const WinogradWgrad& args);
+void winograd_wgrad(const WinogradWgrad& args);
 int64_t direct_panel();
 int64_t direct_workspace(const DirectConv& args);
 void direct_conv(const DirectConv& args);

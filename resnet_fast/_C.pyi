@@ -245,6 +245,25 @@ class _Cpu(_Ops, Protocol):
         relu: bool,
     ) -> None: ...
     @staticmethod
+    def winograd_wgrad_workspace(*, n: int, h: int, w: int, c: int, k: int, threads: int) -> int: ...
+    @staticmethod
+    def winograd_wgrad(
+        *,
+        dy: Operand,
+        x: Operand,
+        scale: Operand = 0,
+        shift: Operand = 0,
+        dw: Operand,
+        workspace: Operand,
+        n: int,
+        h: int,
+        w: int,
+        c: int,
+        k: int,
+        threads: int,
+        dtype: DType,
+    ) -> None: ...
+    @staticmethod
     def direct_panel() -> int: ...
     @staticmethod
     def direct_workspace(shape: tuple[int, ...]) -> int: ...

@@ -117,6 +117,51 @@ def test_dgrad_matches_float64(shape: Shape, dtype: torch.dtype) -> None:
     assert_close(dx, ref64, torch.nn.grad.conv2d_input(size, o.w, dy.float(), padding=1).to(dtype))
 
 
+class Lazy(NamedTuple):
+    """What the gradient of the filters is formed from: x behind scale, shift and ReLU, and dy."""
+
+    dy: Tensor
+    x: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+def lazies(shape: Shape, dtype: torch.dtype, lazy: bool = True, mean: float = 0.0) -> Lazy:
+    o = operands(shape, dtype, mean)
+    generator = torch.Generator().manual_seed(1)
+    scale, shift = torch.randn(2, shape.c, generator=generator) if lazy else (None, None)
+    return Lazy(o.residual, o.x, scale, shift)
+
+
+def torchs_wgrad(o: Lazy, wide: torch.dtype) -> Tensor:
+    x = o.x.to(wide)
+    if o.scale is not None and o.shift is not None:
+        x = F.relu(x * o.scale.to(wide).view(1, -1, 1, 1) + o.shift.to(wide).view(1, -1, 1, 1))
+    size = (o.dy.shape[1], x.shape[1], 3, 3)
+    return torch.nn.grad.conv2d_weight(x.contiguous(memory_format=CL), size, o.dy.to(wide), padding=1)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["written out", "lazy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_wgrad_matches_float64(shape: Shape, dtype: torch.dtype, lazy: bool) -> None:
+    o = lazies(shape, dtype, lazy)
+    dw = winograd.wgrad(*o)
+    assert dw.dtype == torch.float32 and dw.is_contiguous(memory_format=CL)
+    assert_close(dw, torchs_wgrad(o, torch.float64), torchs_wgrad(o, torch.float32))
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("kind", ["large mean", "uneven channels", "one large pixel", "one large gradient"])
+def test_wgrad_hard_values(kind: str, shape: Shape) -> None:
+    o = lazies(shape, torch.float32, lazy=False, mean=1000.0 if kind == "large mean" else 0.0)
+    if kind == "uneven channels":
+        o.x.mul_(torch.logspace(-3, 3, shape.c).view(1, -1, 1, 1))
+    if kind.startswith("one large"):
+        (o.x if "pixel" in kind else o.dy)[:, :, 1, 2] *= 1e4
+    assert_close(winograd.wgrad(*o), torchs_wgrad(o, torch.float64), torchs_wgrad(o, torch.float32))
+
+
 @pytest.mark.parametrize("relu, residual", [(False, False), (True, False), (False, True)])
 def test_epilogues(relu: bool, residual: bool) -> None:
     o = operands(Shape(2, 31, 65, 9, 30))
@@ -142,15 +187,16 @@ def test_filters_in_any_layout() -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES[:4], Shape(2, 31, 65, 9, 30)], ids=str)
 def test_same_bits_by_any_threads(shape: Shape) -> None:
-    o = operands(shape)
+    o, gradients = operands(shape), lazies(shape, torch.float32)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = ours(o)
+        alone, alone_dw = ours(o), winograd.wgrad(*gradients)
         for count in (2, 3, 16):
             torch.set_num_threads(count)
-            assert_same_bits(ours(o), alone)
-            assert_same_bits(ours(o), alone)
+            for _ in range(2):
+                assert_same_bits(ours(o), alone)
+                assert_same_bits(winograd.wgrad(*gradients), alone_dw)
     finally:
         torch.set_num_threads(threads)
 
@@ -165,7 +211,21 @@ def test_nan_survives_the_relu() -> None:
     assert (wrong.float() <= tiles).all() and not wrong.all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["x", "dy"])
+def test_wgrad_keeps_nan(where: str, value: float) -> None:
+    """It reaches all that torch's reaches, and no other channel."""
+    o = lazies(Shape(1, 32, 40, 8, 8), torch.float32, lazy=False)
+    getattr(o, where)[0, 3, 5, 2] = value
+    wrong, torchs_wrong = (~t.isfinite() for t in (winograd.wgrad(*o), torchs_wgrad(o, torch.float32)))
+    assert torchs_wrong.any() and (wrong >= torchs_wrong).all()
+    others = wrong.transpose(0, 1) if where == "x" else wrong
+    assert not others[:3].any() and not others[4:].any()
+
+
 def test_empty_batch() -> None:
+    dw = winograd.wgrad(*(torch.empty(0, c, 4, 4).contiguous(memory_format=CL) for c in (40, 32)))
+    assert dw.shape == (40, 32, 3, 3) and not dw.any()
     assert winograd.conv(torch.empty(0, 32, 4, 4), torch.empty(1, 1, 1, 1, 9 * 32 * 32), 32).shape == (0, 32, 4, 4)
 
 
@@ -194,19 +254,21 @@ PLAIN: dict[str, object] = {"stride": [1, 1], "padding": [1, 1], "dilation": [1,
 def test_why_not(change: dict[str, object]) -> None:
     plain = {"device": torch.device("cpu"), "w_size": [64, 64, 3, 3], "input_size": [1, 64, 8, 8], **PLAIN}
     plain["dtype"] = torch.float32
-    assert winograd.why_not(**plain) is None
+    assert winograd.why_not(**plain) is None and winograd.wgrad_why_not(**plain) is None
     assert winograd.why_not(**{**plain, **change})
+    # The gradient of the filters alone has no need of filters that stay in the caches.
+    assert bool(winograd.wgrad_why_not(**{**plain, **change})) != (change == {"w_size": [512, 512, 3, 3]})
 
 
-def _calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of every x that Winograd's convolution sees from now on."""
-    seen, conv = [], winograd.conv
+def _calls(monkeypatch: pytest.MonkeyPatch, name: str = "conv") -> list[tuple[int, ...]]:
+    """The shapes of every x, or dy, that Winograd's convolution, or wgrad, sees from now on."""
+    seen, function = [], getattr(winograd, name)
 
     def spy(x: Tensor, *args: object, **kwargs: object) -> Tensor:
         seen.append(tuple(x.shape))
-        return conv(x, *args, **kwargs)
+        return function(x, *args, **kwargs)
 
-    monkeypatch.setattr(winograd, "conv", spy)
+    monkeypatch.setattr(winograd, name, spy)
     return seen
 
 
@@ -243,6 +305,11 @@ def test_training_runs_it_and_gradients_are_torchs(monkeypatch: pytest.MonkeyPat
     assert_close(dx, ref64, torchs_dx)
     assert_same_bits(library.conv_dgrad(o.residual, o.w, list(o.x.shape), *geometry, o.x.clone(), True), dx)
     assert seen == [(2, 64, 7, 6), (2, 32, 7, 6), (2, 32, 7, 6)]
+    gradients = _calls(monkeypatch, "wgrad")
+    dw = library.conv_wgrad(o.residual, o.x, list(o.w.shape), *geometry)
+    kept = Lazy(o.residual, o.x, None, None)
+    assert_close(dw, torchs_wgrad(kept, torch.float64), torchs_wgrad(kept, torch.float32))
+    assert gradients == [(2, 32, 7, 6)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -258,6 +325,30 @@ def test_training_reads_any_dtype(dtype: torch.dtype, monkeypatch: pytest.Monkey
         assert seen == [(2, 64, 7, 6)]
     assert y.dtype == dtype
     assert_close(y, reference("conv_stats", kwargs)[0], eager("conv_stats", kwargs)[0])
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=["both", "dx", "dw"])
+@pytest.mark.parametrize("lazy", [False, True], ids=["written out", "lazy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_gradients_read_any_dtype(
+    dtype: torch.dtype, lazy: bool, needs: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are dy, and x behind its batch norm and ReLU."""
+    o, gradients = operands(Shape(2, 64, 32, 7, 6), dtype), lazies(Shape(2, 64, 32, 7, 6), dtype)
+    kwargs = {"g": o.residual, "x": o.x, "w": o.w.to(dtype), **PLAIN, "needs_x": needs[0], "needs_w": needs[1]}
+    if lazy:
+        kwargs |= {"scale": gradients.scale, "shift": gradients.shift}
+    dgrads, wgrads = _calls(monkeypatch), _calls(monkeypatch, "wgrad")
+    out = run("conv_backward", kwargs, "native")
+    if library.arithmetic(o.x.device, dtype) == torch.float32:
+        assert dgrads == [(2, 32, 7, 6)] * needs[0] and wgrads == [(2, 32, 7, 6)] * needs[1]
+    kwargs |= {"needs_x": True, "needs_w": True}
+    for needed, found, ref64, torchs in zip(
+        needs, out, reference("conv_backward", kwargs), eager("conv_backward", kwargs), strict=True
+    ):
+        assert found.dtype == dtype and (found.numel() > 0) == needed
+        if needed:
+            assert_close(found, ref64, torchs)
 
 
 @pytest.mark.slow
@@ -290,4 +381,4 @@ def test_fused_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @every_isa
 def test_instruction_set(isa: str) -> None:
-    run_again(isa, "float64 or hard or epilogues or layout or threads or nan or empty", 100, __file__)
+    run_again(isa, "float64 or hard or epilogues or layout or threads or nan or empty", 270, __file__)

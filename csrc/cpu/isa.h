@@ -1,5 +1,5 @@
-// bn_act.cpp, bn_act_backward.cpp, stem.cpp, stem_backward.cpp, winograd.cpp and direct.cpp as they
-// were compiled for each instruction set.
+// bn_act.cpp, stem.cpp, their _backward.cpp, winograd.cpp, winograd_wgrad.cpp and direct.cpp as
+// they were compiled for each instruction set.
 #pragma once
 
 #include "../resnet_fast.h"
@@ -12,6 +12,7 @@ extern const BnActBackward bn_act_backward;
 extern const Stem stem;
 extern const StemBackward stem_backward;
 extern const Winograd winograd;
+extern const WinogradGradient winograd_gradient;
 extern const Direct direct;
 }  // namespace baseline
 
@@ -22,6 +23,7 @@ extern const BnActBackward bn_act_backward;
 extern const Stem stem;
 extern const StemBackward stem_backward;
 extern const Winograd winograd;
+extern const WinogradGradient winograd_gradient;
 extern const Direct direct;
 }  // namespace avx2
 
@@ -31,6 +33,7 @@ extern const BnActBackward bn_act_backward;
 extern const Stem stem;
 extern const StemBackward stem_backward;
 extern const Winograd winograd;
+extern const WinogradGradient winograd_gradient;
 extern const Direct direct;
 }  // namespace avx512
 #endif

@@ -6,21 +6,14 @@
 // With d an (A x A) patch of the input, A = M + 2, and g a filter, the tile of outputs is
 //   Y = At [ (G g Gt) * (Bt d B) ] A,   * elementwise, summed over the input channels:
 // A^2 matrix products (tiles, C) x (C, K). docs/conv.md has the matrices.
-#include <type_traits>
+#include "winograd.h"
 
 #include "isa.h"
 #include "queue.h"
-#include "tiles.h"
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
 namespace {
 
-// Tiles to a row block: rows of accumulators, two vectors wide, that the registers hold.
-#if defined(__AVX512F__)
-constexpr int ROWS = 14;
-#else
-constexpr int ROWS = 6;
-#endif
 // Floats of transformed input that stay in the level-2 cache, beside the weights that pass.
 constexpr int64_t RESIDENT = 240 * 1024;
 // Input channels whose filters are transformed at a time, into the level-2 cache, and those that
@@ -33,61 +26,6 @@ constexpr double EXPAND = 0.4;
 constexpr double TRANSFORM = 0.1;
 // Units of work for each thread: what one has left, another may take.
 constexpr int64_t UNITS = 8;
-
-/// The transforms along one axis, on vectors of channels.
-template <int M>
-struct Axis;
-
-template <>
-struct Axis<2> {
-  static constexpr int A = 4;
-
-  RESNET_FAST_INLINE void input(Vec (&d)[A]) {
-    const Vec a = d[0] - d[2], b = d[1] + d[2], c = d[2] - d[1], e = d[1] - d[3];
-    d[0] = a, d[1] = b, d[2] = c, d[3] = e;
-  }
-  /// The middle tap comes halved.
-  RESNET_FAST_INLINE void filter(const Vec (&g)[3], Vec (&u)[A]) {
-    const Vec half = Vec{} + 0.5f, sum = g[0] + g[2];
-    u[0] = g[0], u[1] = fma(sum, half, g[1]), u[2] = fma(sum, half, -g[1]), u[3] = g[2];
-  }
-  RESNET_FAST_INLINE void output(const Vec (&m)[A], Vec (&y)[2]) {
-    y[0] = m[0] + m[1] + m[2];
-    y[1] = m[1] - m[2] - m[3];
-  }
-};
-
-/// Tiles of M x M outputs, row by row, image by image.
-template <int M>
-struct Grid {
-  int64_t n, h, w, down, across;
-
-  explicit Grid(const WinogradConv& args)
-      : n(args.n), h(args.h), w(args.w), down(cdiv(args.h, M)), across(cdiv(args.w, M)) {}
-
-  int64_t count() const { return n * down * across; }
-};
-
-/// A tile: its image, and the row and the column of its first output.
-template <int M>
-struct Place {
-  int64_t image, row, column;
-
-  Place(const Grid<M>& grid, int64_t i)
-      : image(i / grid.across / grid.down),
-        row(i / grid.across % grid.down * M),
-        column(i % grid.across * M) {}
-
-  void advance(const Grid<M>& grid) {
-    column += M;
-    if (column < grid.w) return;
-    column = 0;
-    row += M;
-    if (row < grid.h) return;
-    row = 0;
-    ++image;
-  }
-};
 
 /// How the work is cut: `blocks` of at most `rows` row blocks each, times `groups` of panels. All
 /// groups of a block stand together in the order of units.
@@ -118,9 +56,6 @@ Cut cut(int64_t tiles, int64_t c, int64_t k, int64_t threads, int area) {
   return best;
 }
 
-template <int M>
-constexpr int AREA = Axis<M>::A * Axis<M>::A;
-
 /// A thread's workspace, in floats: the transformed input of some row blocks, their products, and
 /// transformed filters. A line lies between the parts, lest they fall into the same cache sets.
 template <int M>
@@ -143,107 +78,6 @@ struct Layout {
   int64_t size() const { return work.rows * block + kept * product + filters; }
 };
 
-/// Half of a pack of channels.
-template <int HALF, class T>
-RESNET_FAST_INLINE Vec load_half(const T* p, All lanes) {
-  if constexpr (Storage<T>::PARTS == 2) {
-    Pack<T> pack;
-    pack.v[HALF] = load_bits<typename Storage<T>::Part>(p + HALF * LANES);
-    return widen(pack).v[HALF];
-  } else {
-    return widen(load_pack(p, lanes)).v[HALF];
-  }
-}
-
-template <int HALF, class T>
-RESNET_FAST_INLINE Vec load_half(const T* p, First lanes) {
-  return widen(load_pack(p, lanes)).v[HALF];
-}
-
-/// The input of a tile: where its first value lies, or would lie outside of the image; which of
-/// its rows and columns are inside; whether it shares columns with the tile before it.
-struct Patch {
-  int64_t start;
-  uint32_t rows, columns;
-  bool follows;
-};
-
-template <int M>
-void find_patches(const Grid<M>& grid, int64_t c, int64_t first, int64_t count,
-                  Patch (&patches)[ROWS]) {
-  constexpr int A = Axis<M>::A;
-  Place<M> place(grid, first);
-  for (int64_t t = 0; t < count; ++t, place.advance(grid)) {
-    Patch& patch = patches[t];
-    patch.start = ((place.image * grid.h + place.row - 1) * grid.w + place.column - 1) * c;
-    patch.rows = patch.columns = 0;
-    for (int i = 0; i < A; ++i) {
-      patch.rows |= (place.row + i >= 1 && place.row + i <= grid.h) << i;
-      patch.columns |= (place.column + i >= 1 && place.column + i <= grid.w) << i;
-    }
-    patch.follows = t > 0 && place.column > 0;
-  }
-}
-
-template <class T>
-RESNET_FAST_INLINE void prefetch_pack(const T* p) {
-  constexpr int LINE = 64;
-  for (int i = 0; i < static_cast<int>(sizeof(Pack<T>)); i += LINE) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + i);
-  }
-}
-
-/// v = Bt d B at half a pack of channels of `count` tiles: (A^2, count, PACK).
-template <int M, int HALF, class T, class Lanes>
-RESNET_FAST_INLINE void transform_half(const T* x, int64_t row_stride, int64_t column_stride,
-                                       const Patch* patches, int64_t count, float* v, Lanes lanes) {
-  constexpr int A = Axis<M>::A;
-  constexpr uint32_t WHOLE = (1u << A) - 1;
-  Vec columns[A][A] = {};  // of the patch, each transformed: some serve the next tile, too
-  for (int64_t t = 0; t < count; ++t, v += PACK) {
-    const Patch& patch = patches[t];
-    const T* at = x + patch.start;
-    if (HALF == 0) {  // what comes four tiles later: it is seldom in the level-2 cache
-      for (int i = A - M; i < A; ++i) {
-        for (int j = A - M; j < A; ++j) {
-          prefetch_pack(at + i * row_stride + (j + 4 * M) * column_stride);
-        }
-      }
-    }
-    const auto fill = [&](int first, auto whole) __attribute__((always_inline)) {
-#pragma GCC unroll 6
-      for (int j = 0; j < A; ++j) {
-        if (j < first) continue;
-#pragma GCC unroll 6
-        for (int i = 0; i < A; ++i) {
-          const bool in = whole() || (patch.rows >> i & patch.columns >> j & 1);
-          columns[j][i] =
-              in ? load_half<HALF>(at + i * row_stride + j * column_stride, lanes) : Vec{};
-        }
-        Axis<M>::input(columns[j]);
-      }
-    };
-    if (patch.follows) {
-      for (int j = 0; j < A - M; ++j) {
-        for (int i = 0; i < A; ++i) columns[j][i] = columns[M + j][i];
-      }
-      if (patch.rows == WHOLE && patch.columns == WHOLE) {
-        fill(A - M, std::true_type{});
-      } else {
-        fill(A - M, std::false_type{});
-      }
-    } else {
-      fill(0, std::false_type{});
-    }
-    for (int i = 0; i < A; ++i) {
-      Vec row[A];
-      for (int j = 0; j < A; ++j) row[j] = columns[j][i];
-      Axis<M>::input(row);
-      for (int j = 0; j < A; ++j) store(v + (i * A + j) * count * PACK + HALF * LANES, row[j]);
-    }
-  }
-}
-
 /// The tiles [first, first + count), a row block, into v: (packs, A^2, count, PACK).
 template <int M, class T>
 void transform_input(const WinogradConv& args, const Grid<M>& grid, int64_t first, int64_t count,
@@ -253,8 +87,10 @@ void transform_input(const WinogradConv& args, const Grid<M>& grid, int64_t firs
   for_each_pack(0, args.c, [&](int64_t channel, auto lanes) {
     const T* x = static_cast<const T*>(args.x) + channel;
     float* out = v + channel * AREA<M> * count;
-    transform_half<M, 0>(x, grid.w * args.c, args.c, patches, count, out, lanes);
-    transform_half<M, 1>(x, grid.w * args.c, args.c, patches, count, out, lanes);
+    const int64_t row = grid.w * args.c, part = count * PACK;
+    const auto same = [](Vec value) __attribute__((always_inline)) { return value; };
+    transform_half<M, 0>(x, row, args.c, patches, count, part, out, lanes, same);
+    transform_half<M, 1>(x, row, args.c, patches, count, part, out, lanes, same);
   });
 }
 

@@ -2,9 +2,10 @@
 
 The library's; on a CPU those 3x3 of stride 1 that winograd.py runs faster are ours.
 
-Operands are written out (nothing is lazy here), channels-last, of one dtype. A 1x1 convolution is a matrix product of
-the (NPQ, C) matrix that channels-last memory is: on a CPU its gradients run as one, which beats the library's own
-convolutions there and can add to what is already in memory (docs/conv.md, entries 10 and 11).
+Operands are written out, channels-last, of one dtype: nothing is lazy here but the x of our own ``conv_wgrad``. A 1x1
+convolution is a matrix product of the (NPQ, C) matrix that channels-last memory is: on a CPU its gradients run as one,
+which beats the library's own convolutions there and can add to what is already in memory (docs/conv.md, entries 10
+and 11).
 """
 
 from __future__ import annotations
@@ -76,6 +77,34 @@ def widens(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation
     return winograd.why_not(x.device, list(w.shape), list(x.shape), stride, padding, dilation, groups, wide) is None
 
 
+def dgrad_widens(
+    dy: Tensor,
+    w_size: list[int],
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> bool:
+    """Whether ``conv_dgrad`` of dy is ours, as ``widens``."""
+    wide = arithmetic(dy.device, dy.dtype)
+    return winograd.why_not(dy.device, w_size, input_size, stride, padding, dilation, groups, wide) is None
+
+
+def wgrad_widens(
+    dy: Tensor,
+    w_size: list[int],
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> bool:
+    """Whether ``conv_wgrad`` of dy is ours, as ``dgrad_widens``. Then it takes a lazy x, too."""
+    wide = arithmetic(dy.device, dy.dtype)
+    return winograd.wgrad_why_not(dy.device, w_size, input_size, stride, padding, dilation, groups, wide) is None
+
+
 def conv(x: Tensor, w: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
     """y (N, K, P, Q), channels-last."""
     if x.device.type == "cpu" and _is_pointwise(list(w.shape), padding, groups) and stride == [1, 1]:
@@ -113,8 +142,7 @@ def conv_dgrad(
         pixels = _strided(residual, stride)
         pixels += (_rows(dy) @ matrix).view(pixels.shape)
         return residual
-    geometry = (stride, padding, dilation, groups)
-    if winograd.why_not(dy.device, list(w.shape), input_size, *geometry, dy.dtype) is None:
+    if dgrad_widens(dy, list(w.shape), input_size, stride, padding, dilation, groups):
         u = winograd.weight(w, dy.dtype, flip=True)
         return winograd.conv(dy, u, w.shape[1], residual=residual, z=residual)
     # The library looks at the input's size and layout alone; it must be channels-last for dx to be.
@@ -144,8 +172,15 @@ def conv_wgrad(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """dw (K, C // groups, R, S) = ``weight_size``, channels-last."""
+    """dw (K, C // groups, R, S) = ``weight_size``, channels-last.
+
+    Where ``wgrad_widens``, x may be lazy, with ``scale`` and ``shift``.
+    """
+    if wgrad_widens(dy, weight_size, list(x.shape), stride, padding, dilation, groups):
+        return winograd.wgrad(dy, x, scale, shift).to(x.dtype)
     if dy.device.type == "cpu" and _is_pointwise(weight_size, padding, groups):
         operand = _rows(x) if stride == [1, 1] else _strided(x, stride).reshape(-1, x.shape[1])
         return (_rows(dy).t() @ operand).view(weight_size)

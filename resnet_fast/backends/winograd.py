@@ -1,7 +1,8 @@
-"""Our own 3x3 convolutions of stride 1 on a CPU, after Winograd (csrc/cpu/winograd.cpp), for the backends. No backend.
+"""Our own 3x3 convolutions of stride 1 on a CPU, after Winograd (csrc/cpu/winograd*.cpp), for the backends. No backend.
 
 They multiply 2.25 times less than the library's, with errors of the same order (docs/conv.md), where ``why_not`` lets
-them. A filter is transformed once, by ``weight``, into a tensor of five dimensions that ``conv`` reads.
+them. A filter is transformed once, by ``weight``, into a tensor of five dimensions that ``conv`` reads. ``wgrad`` is
+the gradient of the filters, where ``wgrad_why_not`` lets it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,29 @@ def _dtypes() -> dict[torch.dtype, _C.DType]:
     return {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 
 
+def wgrad_why_not(
+    device: torch.device,
+    w_size: list[int],
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> str | None:
+    """None where ``wgrad`` runs for this convolution and is the faster, else the reason. ``dtype``: of arithmetic."""
+    if reason := unable(device, dtype, "winograd"):
+        return reason
+    if w_size[2:] != [3, 3] or stride != [1, 1] or padding != [1, 1] or dilation != [1, 1] or groups != 1:
+        return "not 3x3, stride 1, padding 1, without dilation and groups"
+    h, wide = input_size[2:]
+    if (h + h % 2) * (wide + wide % 2) > _WASTE * h * wide:
+        return f"an image of {h} x {wide}: too few outputs of its tiles lie inside"
+    if min(w_size[:2]) < _CHANNELS:
+        return f"fewer than {_CHANNELS} channels"
+    return None
+
+
 def why_not(
     device: torch.device,
     w_size: list[int],
@@ -38,16 +62,9 @@ def why_not(
     groups: int,
     dtype: torch.dtype,
 ) -> str | None:
-    """None where ``conv`` runs this convolution and is the faster, else the reason."""
-    if reason := unable(device, dtype, "winograd"):
+    """None where ``conv`` runs this convolution and is the faster, else the reason. ``dtype``: of arithmetic."""
+    if reason := wgrad_why_not(device, w_size, input_size, stride, padding, dilation, groups, dtype):
         return reason
-    if w_size[2:] != [3, 3] or stride != [1, 1] or padding != [1, 1] or dilation != [1, 1] or groups != 1:
-        return "not 3x3, stride 1, padding 1, without dilation and groups"
-    h, wide = input_size[2:]
-    if (h + h % 2) * (wide + wide % 2) > _WASTE * h * wide:
-        return f"an image of {h} x {wide}: too few outputs of its tiles lie inside"
-    if min(w_size[:2]) < _CHANNELS:
-        return f"fewer than {_CHANNELS} channels"
     if w_size[0] * w_size[1] >= _FILTERS:
         return f"{w_size[1]} to {w_size[0]} channels: the filters leave the caches"
     return None
@@ -127,3 +144,31 @@ def conv(
         relu=relu,
     )
     return z
+
+
+def wgrad(dy: Tensor, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """dw (K, C, 3, 3), channels-last, float32, of dy (N, K, H, W) and x (N, C, H, W), or relu(x * scale + shift).
+
+    Nothing is checked. dy and x channels-last, of one dtype; scale and shift (C,) float32.
+    """
+    n, c, h, wide = x.shape
+    k = dy.shape[1]
+    dw = torch.empty((k, c, 3, 3), dtype=torch.float32, memory_format=CHANNELS_LAST)
+    threads = torch.get_num_threads()
+    workspace = _C.cpu.winograd_wgrad_workspace(n=n, h=h, w=wide, c=c, k=k, threads=threads)
+    _C.cpu.winograd_wgrad(
+        dy=dy,
+        x=x,
+        scale=scale,
+        shift=shift,
+        dw=dw,
+        workspace=buffers.scratch(workspace),
+        n=n,
+        h=h,
+        w=wide,
+        c=c,
+        k=k,
+        threads=threads,
+        dtype=_dtypes()[x.dtype],
+    )
+    return dw

@@ -14,6 +14,10 @@ from resnet_fast.backends import library
 from .bn_act import affine_act, bn_backward_apply_into, bn_stats
 from .common import CHANNELS_LAST, matrix
 
+#: stride, padding, dilation, groups; and scale and shift of a lazy activation.
+Geometry = tuple[list[int], list[int], list[int], int]
+Affine = tuple[Tensor | None, Tensor | None]
+
 
 def _activation(x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
     """An activation, lazy or not, written out channels-last in ``dtype``."""
@@ -38,6 +42,20 @@ def _gradient(
     if y is None or mean is None or a is None or b is None or c is None:
         return g.to(dtype, memory_format=CHANNELS_LAST)
     return bn_backward_apply_into(g, y, mean, a, b, c, gscale, gshift, overwrite).to(dtype)
+
+
+def _gradients_dtype(
+    g: Tensor, w_size: list[int], input_size: list[int], geometry: Geometry, needs: tuple[bool, bool]
+) -> torch.dtype:
+    """The dtype of dy for the gradients that are needed, dx and dw: g's own where our kernels widen it as they read."""
+    wide = library.arithmetic(g.device, g.dtype)
+    if (
+        wide != g.dtype
+        and (not needs[0] or library.dgrad_widens(g, w_size, input_size, *geometry))
+        and (not needs[1] or library.wgrad_widens(g, w_size, input_size, *geometry))
+    ):
+        return g.dtype
+    return wide
 
 
 def conv_stats(
@@ -74,9 +92,10 @@ def conv_dgrad(
     b: Tensor | None = None,
     c: Tensor | None = None,
 ) -> Tensor:
-    wide = library.arithmetic(g.device, g.dtype)
+    geometry = (stride, padding, dilation, groups)
+    wide = _gradients_dtype(g, list(w.shape), list(input_size), geometry, (True, False))
     dy = _gradient(wide, False, g, y, mean, a, b, c)
-    return library.conv_dgrad(dy, w.to(wide), list(input_size), stride, padding, dilation, groups).to(g.dtype)
+    return library.conv_dgrad(dy, w.to(wide), list(input_size), *geometry).to(g.dtype)
 
 
 def conv_wgrad(
@@ -95,19 +114,27 @@ def conv_wgrad(
     b: Tensor | None = None,
     c: Tensor | None = None,
 ) -> Tensor:
-    wide = library.arithmetic(g.device, g.dtype)
-    dy = _gradient(wide, False, g, y, mean, a, b, c)
-    operand = _activation(x, scale, shift, wide)
-    return library.conv_wgrad(dy, operand, list(weight_size), stride, padding, dilation, groups).to(x.dtype)
+    geometry = (stride, padding, dilation, groups)
+    wide = _gradients_dtype(g, list(weight_size), list(x.shape), geometry, (False, True))
+    return _wgrad(_gradient(wide, False, g, y, mean, a, b, c), x, list(weight_size), geometry, (scale, shift))
+
+
+def _wgrad(dy: Tensor, x: Tensor, w_size: list[int], geometry: Geometry, affine: Affine) -> Tensor:
+    """dw of a lazy x, in its dtype; it is written out unless the kernel forms it on load."""
+    if dy.dtype == x.dtype and library.wgrad_widens(dy, w_size, list(x.shape), *geometry):
+        operand = x.contiguous(memory_format=CHANNELS_LAST)
+    else:
+        operand, affine = _activation(x, *affine, dy.dtype), (None, None)
+    return library.conv_wgrad(dy, operand, w_size, *geometry, *affine).to(x.dtype)
 
 
 def _conv_backward(
     dy: Tensor,
     x: Tensor,
     w: Tensor,
-    geometry: tuple[list[int], list[int], list[int], int],
+    geometry: Geometry,
     needs: tuple[bool, bool],
-    affine: tuple[Tensor | None, Tensor | None],
+    affine: Affine,
     residual: Tensor | None,
     overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -120,7 +147,7 @@ def _conv_backward(
             residual, overwrite = residual.to(wide, memory_format=CHANNELS_LAST), True
         dx = library.conv_dgrad(dy, w.to(wide), list(x.shape), *geometry, residual, overwrite).to(x.dtype)
     if needs[1]:
-        dw = library.conv_wgrad(dy, _activation(x, *affine, wide), list(w.shape), *geometry).to(x.dtype)
+        dw = _wgrad(dy, x, list(w.shape), geometry, affine)
     return dx, dw
 
 
@@ -145,9 +172,10 @@ def conv_backward(
     gshift: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dy = _gradient(library.arithmetic(g.device, g.dtype), False, g, y, mean, a, b, c, gscale, gshift)
-    geometry = (stride, padding, dilation, groups)
-    return _conv_backward(dy, x, w, geometry, (needs_x, needs_w), (scale, shift), residual, False)
+    geometry, needs = (stride, padding, dilation, groups), (needs_x, needs_w)
+    wide = _gradients_dtype(g, list(w.shape), list(x.shape), geometry, needs)
+    dy = _gradient(wide, False, g, y, mean, a, b, c, gscale, gshift)
+    return _conv_backward(dy, x, w, geometry, needs, (scale, shift), residual, False)
 
 
 def conv_backward_into(
@@ -172,12 +200,12 @@ def conv_backward_into(
     ``lazy``: y, mean, a, b, c, gscale, gshift, or none of them.
     """
     keys = ("y", "mean", "a", "b", "c", "gscale", "gshift")
-    wide = library.arithmetic(g.device, g.dtype)
+    geometry, needs = (stride, padding, dilation, groups), (needs_x, needs_w)
+    wide = _gradients_dtype(g, list(w.shape), list(x.shape), geometry, needs)
     dy = _gradient(wide, disposable and g is not residual, g, *map(lazy.get, keys))
-    geometry = (stride, padding, dilation, groups)
     # Not where dy is that memory: dw is still to be read from it.
     overwrite = residual is not None and dy.data_ptr() != residual.data_ptr()
-    return _conv_backward(dy, x, w, geometry, (needs_x, needs_w), (scale, shift), residual, overwrite)
+    return _conv_backward(dy, x, w, geometry, needs, (scale, shift), residual, overwrite)
 
 
 def conv_affine_act(
