@@ -38,7 +38,16 @@ X86_ISAS = {
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
 }
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
-PER_ISA = ("bn_act", "bn_act_backward", "stem", "stem_backward", "winograd", "winograd_wgrad", "direct")
+PER_ISA = (
+    "bn_act",
+    "bn_act_backward",
+    "stem",
+    "stem_backward",
+    "pointwise_backward",
+    "winograd",
+    "winograd_wgrad",
+    "direct",
+)
 
 
 def warn(message: str) -> None:

@@ -231,6 +231,33 @@ void bind_winograd_gradient(py::module_& module, const WinogradGradient& ops) {
       arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("threads"), arg("dtype"));
 }
 
+void bind_pointwise(py::module_& module, const Pointwise& ops) {
+  define(
+      module, "pointwise_backward_workspace",
+      [f = ops.pointwise_backward_workspace](int64_t npq, int64_t channels, int64_t k,
+                                             int64_t threads) {
+        PointwiseBackward args{};
+        args.npq = npq, args.channels = channels, args.k = k, args.threads = threads;
+        return f(args);
+      },
+      arg("npq"), arg("channels"), arg("k"), arg("threads"));
+
+  define(
+      module, "pointwise_backward",
+      [f = ops.pointwise_backward](Address g, Address y, Address mean, Address a, Address b,
+                                   Address c, Address gscale, Address gshift, Address x,
+                                   Address scale, Address shift, Address w, Address residual,
+                                   Address dx, Address dw, Address workspace, int64_t npq,
+                                   int64_t channels, int64_t k, int64_t threads, DType dtype) {
+        f({g, y,        mean, a,  b,         c,   gscale,   gshift, x,       scale, shift,
+           w, residual, dx,   dw, workspace, npq, channels, k,      threads, dtype});
+      },
+      arg("g"), arg("y") = 0, arg("mean") = 0, arg("a") = 0, arg("b") = 0, arg("c") = 0,
+      arg("gscale") = 0, arg("gshift") = 0, arg("x"), arg("scale") = 0, arg("shift") = 0, arg("w"),
+      arg("residual") = 0, arg("dx"), arg("dw"), arg("workspace"), arg("npq"), arg("channels"),
+      arg("k"), arg("threads"), arg("dtype"));
+}
+
 /// A dictionary's own memory, and what it points to first, will be read soon.
 void ask_for(const PyObject* dict, bool with_keys) {
   constexpr int LINE = 64, LINES = 5;
@@ -360,6 +387,7 @@ void bind_cpu(py::module_ module) {
   bind_winograd(module, {cpu::winograd_weight_size, cpu::winograd_weight, cpu::winograd_workspace,
                          cpu::winograd_conv});
   bind_winograd_gradient(module, {cpu::winograd_wgrad_workspace, cpu::winograd_wgrad});
+  bind_pointwise(module, {cpu::pointwise_backward_workspace, cpu::pointwise_backward});
   bind_direct(module, {cpu::direct_panel, cpu::direct_workspace, cpu::direct_conv});
 
   module.def("isa", cpu::isa, "The instruction set chosen for this process.");

@@ -228,6 +228,35 @@ struct WinogradWgrad {
   DType dtype;
 };
 
+/// Channels that pointwise_backward takes, in and out.
+constexpr int64_t POINTWISE_CHANNELS = 512;
+
+/// The gradients of a convolution 1 x 1, stride 1: dx = dy x w + residual and dw = the transpose of
+/// dy x act(x), where g, y (npq, k), x, dx, residual (npq, channels), w, dw (k, channels). dy is g;
+/// with y as in BnBackwardApply, gscale and gshift its scale and shift. act(x) is relu(x * scale +
+/// shift), without scale x. residual may be absent; dx may alias it. workspace:
+/// pointwise_backward_workspace floats, for at most `threads` threads.
+struct PointwiseBackward {
+  const void* g;
+  const void* y;
+  const float* mean;
+  const float* a;
+  const float* b;
+  const float* c;
+  const float* gscale;
+  const float* gshift;
+  const void* x;
+  const float* scale;
+  const float* shift;
+  const float* w;
+  const void* residual;
+  void* dx;
+  float* dw;
+  float* workspace;
+  int64_t npq, channels, k, threads;
+  DType dtype;
+};
+
 /// z = act(conv(x, w) + shift + residual), without dilation and groups: x is (n, h, w, c), z and
 /// residual (n, p, q, k), weights (ceil(k / panel), r, s, c, panel) with 0 behind the last output
 /// channel, where `panel` is direct_panel(). act is ReLU or nothing; shift and residual may be
@@ -320,6 +349,11 @@ struct WinogradGradient {
   void (*winograd_wgrad)(const WinogradWgrad&);
 };
 
+struct Pointwise {
+  int64_t (*pointwise_backward_workspace)(const PointwiseBackward&);
+  void (*pointwise_backward)(const PointwiseBackward&);
+};
+
 struct Direct {
   int64_t (*direct_panel)();
   int64_t (*direct_workspace)(const DirectConv&);
@@ -346,6 +380,8 @@ int64_t winograd_workspace(const WinogradConv& args);
 void winograd_conv(const WinogradConv& args);
 int64_t winograd_wgrad_workspace(const WinogradWgrad& args);
 void winograd_wgrad(const WinogradWgrad& args);
+int64_t pointwise_backward_workspace(const PointwiseBackward& args);
+void pointwise_backward(const PointwiseBackward& args);
 int64_t direct_panel();
 int64_t direct_workspace(const DirectConv& args);
 void direct_conv(const DirectConv& args);

@@ -264,6 +264,33 @@ class _Cpu(_Ops, Protocol):
         dtype: DType,
     ) -> None: ...
     @staticmethod
+    def pointwise_backward_workspace(*, npq: int, channels: int, k: int, threads: int) -> int: ...
+    @staticmethod
+    def pointwise_backward(
+        *,
+        g: Operand,
+        y: Operand = 0,
+        mean: Operand = 0,
+        a: Operand = 0,
+        b: Operand = 0,
+        c: Operand = 0,
+        gscale: Operand = 0,
+        gshift: Operand = 0,
+        x: Operand,
+        scale: Operand = 0,
+        shift: Operand = 0,
+        w: Operand,
+        residual: Operand = 0,
+        dx: Operand,
+        dw: Operand,
+        workspace: Operand,
+        npq: int,
+        channels: int,
+        k: int,
+        threads: int,
+        dtype: DType,
+    ) -> None: ...
+    @staticmethod
     def direct_panel() -> int: ...
     @staticmethod
     def direct_workspace(shape: tuple[int, ...]) -> int: ...

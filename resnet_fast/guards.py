@@ -227,7 +227,7 @@ def block_signature(
 #: fusing saves (docs/conv.md, entry 24). Blocks that were measured or are pinned to a backend do as they were told.
 _worth = float(os.environ.get("RESNET_FAST_MIN_MACS", 50e6))
 #: How many times as many it takes where no layer has 32 output channels, and no convolution of ours gains on the
-#: library's; in a block where none has more than 64; where the shortcut runs as it is (docs/conv.md, entries 43 and 46).
+#: library's; in a block where none has more than 64; where the shortcut runs as it is (docs/conv.md, entries 43, 46).
 _NARROW, _MEDIUM, _OPAQUE = 6.0, 2.0, 5.0
 
 

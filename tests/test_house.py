@@ -98,7 +98,7 @@ SIDEWAYS = {
     ("recipes", "__init__"),
 }
 #: What stands in backends/ for them to call.
-NO_BACKENDS = ("direct", "library", "own", "winograd")
+NO_BACKENDS = ("direct", "library", "own", "pointwise", "winograd")
 
 
 def cell(path: Path) -> str:

@@ -5,18 +5,12 @@
 #include <utility>
 
 #include "isa.h"
+#include "products.h"
 #include "queue.h"
-#include "tiles.h"
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
 namespace {
 
-// Pixels to a row block: rows of accumulators, two vectors wide, that the registers hold.
-#if defined(__AVX512F__)
-constexpr int ROWS = 14;
-#else
-constexpr int ROWS = 6;
-#endif
 // Floats of patches that are kept while filters pass: what the level-2 cache holds, or a small part
 // of it where all filters, up to FILTERS floats, stay in it as well.
 constexpr int64_t RESIDENT = 280 * 1024, SMALL = 16 * 1024, FILTERS = 160 * 1024;

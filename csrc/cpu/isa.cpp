@@ -16,6 +16,7 @@ struct Isa {
   const StemBackward* stem_backward;
   const Winograd* winograd;
   const WinogradGradient* winograd_gradient;
+  const Pointwise* pointwise;
   const Direct* direct;
 };
 
@@ -35,13 +36,14 @@ bool has_avx512() {
 const Isa ISAS[] = {
 #if defined(__x86_64__)
     {"avx512", has_avx512, &avx512::bn_act, &avx512::bn_act_backward, &avx512::stem,
-     &avx512::stem_backward, &avx512::winograd, &avx512::winograd_gradient, &avx512::direct},
+     &avx512::stem_backward, &avx512::winograd, &avx512::winograd_gradient, &avx512::pointwise,
+     &avx512::direct},
     {"avx2", has_avx2, &avx2::bn_act, &avx2::bn_act_backward, &avx2::stem, &avx2::stem_backward,
-     &avx2::winograd, &avx2::winograd_gradient, &avx2::direct},
+     &avx2::winograd, &avx2::winograd_gradient, &avx2::pointwise, &avx2::direct},
 #endif
     {"baseline", [] { return true; }, &baseline::bn_act, &baseline::bn_act_backward,
      &baseline::stem, &baseline::stem_backward, &baseline::winograd, &baseline::winograd_gradient,
-     &baseline::direct},
+     &baseline::pointwise, &baseline::direct},
 };
 
 const Isa& choose() {
@@ -64,6 +66,7 @@ const Stem& stem() { return *chosen().stem; }
 const StemBackward& stem_backward() { return *chosen().stem_backward; }
 const Winograd& winograd() { return *chosen().winograd; }
 const WinogradGradient& winograd_gradient() { return *chosen().winograd_gradient; }
+const Pointwise& pointwise() { return *chosen().pointwise; }
 const Direct& direct() { return *chosen().direct; }
 
 }  // namespace
@@ -97,6 +100,10 @@ int64_t winograd_wgrad_workspace(const WinogradWgrad& args) {
   return winograd_gradient().winograd_wgrad_workspace(args);
 }
 void winograd_wgrad(const WinogradWgrad& args) { winograd_gradient().winograd_wgrad(args); }
+int64_t pointwise_backward_workspace(const PointwiseBackward& args) {
+  return pointwise().pointwise_backward_workspace(args);
+}
+void pointwise_backward(const PointwiseBackward& args) { pointwise().pointwise_backward(args); }
 int64_t direct_panel() { return direct().direct_panel(); }
 int64_t direct_workspace(const DirectConv& args) { return direct().direct_workspace(args); }
 void direct_conv(const DirectConv& args) { direct().direct_conv(args); }

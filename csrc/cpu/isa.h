@@ -1,5 +1,5 @@
-// bn_act.cpp, stem.cpp, their _backward.cpp, winograd.cpp, winograd_wgrad.cpp and direct.cpp as
-// they were compiled for each instruction set.
+// bn_act.cpp, stem.cpp, their _backward.cpp, pointwise_backward.cpp, winograd.cpp,
+// winograd_wgrad.cpp and direct.cpp as they were compiled for each instruction set.
 #pragma once
 
 #include "../resnet_fast.h"
@@ -13,6 +13,7 @@ extern const Stem stem;
 extern const StemBackward stem_backward;
 extern const Winograd winograd;
 extern const WinogradGradient winograd_gradient;
+extern const Pointwise pointwise;
 extern const Direct direct;
 }  // namespace baseline
 
@@ -24,6 +25,7 @@ extern const Stem stem;
 extern const StemBackward stem_backward;
 extern const Winograd winograd;
 extern const WinogradGradient winograd_gradient;
+extern const Pointwise pointwise;
 extern const Direct direct;
 }  // namespace avx2
 
@@ -34,6 +36,7 @@ extern const Stem stem;
 extern const StemBackward stem_backward;
 extern const Winograd winograd;
 extern const WinogradGradient winograd_gradient;
+extern const Pointwise pointwise;
 extern const Direct direct;
 }  // namespace avx512
 #endif

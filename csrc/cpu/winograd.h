@@ -6,17 +6,10 @@
 
 #include <type_traits>
 
-#include "tiles.h"
+#include "products.h"
 
 namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE {
 namespace {
-
-// Tiles to a row block: rows of accumulators, two vectors wide, that the registers hold.
-#if defined(__AVX512F__)
-constexpr int ROWS = 14;
-#else
-constexpr int ROWS = 6;
-#endif
 
 /// The transforms along one axis, on vectors of channels.
 template <int M>

@@ -127,44 +127,6 @@ void transform_patches(const WinogradWgrad& args, const Grid<M>& grid, const Pat
   both(activation(0), activation(1));
 }
 
-/// sums (N, PACK) = sums + et x v, or et x v where `begins`: e (count, PACK), of which N columns,
-/// v (count, PACK).
-template <int N>
-RESNET_FAST_INLINE void multiply(const float* e, const float* v, int64_t count, bool begins,
-                                 float* sums) {
-  Vec sum[N][2] = {};
-#pragma GCC unroll 14
-  for (int r = 0; r < N; ++r) {
-    __builtin_prefetch(sums + r * PACK, 1);
-    __builtin_prefetch(sums + r * PACK + LANES, 1);
-  }
-  for (int64_t t = 0; t < count; ++t, e += PACK, v += PACK) {
-    const Vec left = load(v), right = load(v + LANES);
-#pragma GCC unroll 14
-    for (int r = 0; r < N; ++r) {
-      const Vec value = broadcast(e + r);
-      sum[r][0] = fma(value, left, sum[r][0]);
-      sum[r][1] = fma(value, right, sum[r][1]);
-    }
-  }
-#pragma GCC unroll 14
-  for (int r = 0; r < N; ++r) {
-    float* out = sums + r * PACK;
-    store(out, begins ? sum[r][0] : load(out) + sum[r][0]);
-    store(out + LANES, begins ? sum[r][1] : load(out + LANES) + sum[r][1]);
-  }
-}
-
-/// A pack of output channels in parts that the registers hold.
-template <int... PART>
-void multiply_pack(const float* e, const float* v, int64_t count, bool begins, float* sums,
-                   std::integer_sequence<int, PART...>) {
-  constexpr int PARTS = sizeof...(PART);
-  (multiply<(PART + 1) * PACK / PARTS - PART * PACK / PARTS>(
-       e + PART * PACK / PARTS, v, count, begins, sums + PART * PACK / PARTS * PACK),
-   ...);
-}
-
 /// dw at a pair of packs: Gt (sum of the segments' sums) G.
 template <class T>
 void transform_sums(const WinogradWgrad& args, const Plan& plan, int64_t k_pack, int64_t c_pack) {
@@ -249,10 +211,9 @@ void winograd_wgrad_kernel(const WinogradWgrad& args) {
       for (int i = 0; i < AREA<M>; ++i) {
         for (int64_t c = c_begin; c < c_end; ++c) {
           for (int64_t k = k_begin; k < k_end; ++k) {
-            multiply_pack(e + (k - k_begin) * plan.pack() + i * part,
-                          v + (c - c_begin) * plan.pack() + i * part, count, block == 0,
-                          args.workspace + plan.sums(segment, k, c) + i * PACK * PACK,
-                          std::make_integer_sequence<int, (PACK + ROWS - 1) / ROWS>{});
+            add_products(e + (k - k_begin) * plan.pack() + i * part,
+                         v + (c - c_begin) * plan.pack() + i * part, count, block == 0,
+                         args.workspace + plan.sums(segment, k, c) + i * PACK * PACK);
           }
         }
       }

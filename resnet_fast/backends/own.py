@@ -1,4 +1,4 @@
-"""What our own convolutions on a CPU (winograd.py, direct.py) share: ``_C`` where it is built, and where they run."""
+"""What our own convolutions on a CPU (winograd.py, pointwise.py, direct.py) share: ``_C``, and where they run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ except ImportError:  # built without it: unable says so
     _C = None  # type: ignore[assignment]
 
 CHANNELS_LAST = torch.channels_last
+
+#: What the kernels call the dtypes that they store.
+DTYPES: dict[torch.dtype, _C.DType] = (
+    {}
+    if _C is None
+    else {
+        torch.float32: _C.DType.float32,
+        torch.bfloat16: _C.DType.bfloat16,
+        torch.float16: _C.DType.float16,
+    }
+)
 
 
 def unable(device: torch.device, dtype: torch.dtype, switch: str) -> str | None:

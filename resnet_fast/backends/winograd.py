@@ -7,13 +7,11 @@ the gradient of the filters, where ``wgrad_why_not`` lets it.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from resnet_fast import buffers
-from resnet_fast.backends.own import _C, CHANNELS_LAST, unable
+from resnet_fast.backends.own import _C, CHANNELS_LAST, DTYPES, unable
 
 #: Channels below which too little is multiplied to pay for the transforms.
 _CHANNELS = 32
@@ -22,11 +20,6 @@ _CHANNELS = 32
 _FILTERS = 400 * 400
 #: Outputs that are computed for each one that lies in the image, at most: 1.31 at 7 x 7.
 _WASTE = 1.35
-
-
-@functools.cache
-def _dtypes() -> dict[torch.dtype, _C.DType]:
-    return {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16, torch.float16: _C.DType.float16}
 
 
 def wgrad_why_not(
@@ -94,7 +87,7 @@ def weight(w: Tensor, dtype: torch.dtype, flip: bool = False) -> Tensor:
         k_stride=k_stride,
         tap_stride=tap_stride,
         flip=flip,
-        dtype=_dtypes()[dtype],
+        dtype=DTYPES[dtype],
     )
     return u.view(1, 1, 1, 1, -1)
 
@@ -140,7 +133,7 @@ def conv(
         c=c,
         k=k,
         threads=threads,
-        dtype=_dtypes()[x.dtype],
+        dtype=DTYPES[x.dtype],
         relu=relu,
     )
     return z
@@ -169,6 +162,6 @@ def wgrad(dy: Tensor, x: Tensor, scale: Tensor | None = None, shift: Tensor | No
         c=c,
         k=k,
         threads=threads,
-        dtype=_dtypes()[x.dtype],
+        dtype=DTYPES[x.dtype],
     )
     return dw

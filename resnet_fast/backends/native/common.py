@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 
 from resnet_fast import _C, buffers
-
-DTYPES = {
-    torch.float32: _C.DType.float32,
-    torch.bfloat16: _C.DType.bfloat16,
-    torch.float16: _C.DType.float16,
-}
-CHANNELS_LAST = torch.channels_last
-
+from resnet_fast.backends.own import CHANNELS_LAST as CHANNELS_LAST
+from resnet_fast.backends.own import DTYPES as DTYPES
 
 # ---- where these kernels run
 

@@ -5,14 +5,16 @@ Lazy operands are written out first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.backends import library
+from resnet_fast.backends import library, pointwise
 
 from .bn_act import affine_act, bn_backward_apply_into, bn_stats
-from .common import CHANNELS_LAST, matrix
+from .common import CHANNELS_LAST, dense, matrix
 
 #: stride, padding, dilation, groups; and scale and shift of a lazy activation.
 Geometry = tuple[list[int], list[int], list[int], int]
@@ -119,6 +121,13 @@ def conv_wgrad(
     return _wgrad(_gradient(wide, False, g, y, mean, a, b, c), x, list(weight_size), geometry, (scale, shift))
 
 
+def _is_pointwise(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, needs: tuple[bool, bool]) -> bool:
+    """Whether both gradients come from one pass of our own."""
+    stride, padding, _, groups = geometry
+    where = g.device, list(w.shape), stride, padding, groups, library.arithmetic(g.device, g.dtype)
+    return needs == (True, True) and g.dtype == x.dtype and pointwise.why_not(*where) is None
+
+
 def _wgrad(dy: Tensor, x: Tensor, w_size: list[int], geometry: Geometry, affine: Affine) -> Tensor:
     """dw of a lazy x, in its dtype; it is written out unless the kernel forms it on load."""
     if dy.dtype == x.dtype and library.wgrad_widens(dy, w_size, list(x.shape), *geometry):
@@ -126,6 +135,31 @@ def _wgrad(dy: Tensor, x: Tensor, w_size: list[int], geometry: Geometry, affine:
     else:
         operand, affine = _activation(x, *affine, dy.dtype), (None, None)
     return library.conv_wgrad(dy, operand, w_size, *geometry, *affine).to(x.dtype)
+
+
+def _pointwise(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    affine: Affine,
+    lazy: Sequence[Tensor | None],
+    residual: Tensor | None,
+    overwrite: bool,
+) -> tuple[Tensor, Tensor]:
+    """``conv_backward`` of a 1x1 convolution, in one pass. ``lazy``: y, mean, a, b, c, gscale, gshift, or None."""
+    g, x = matrix("g", g), x.contiguous(memory_format=CHANNELS_LAST)
+    residual = None if residual is None else matrix("residual", residual, x)
+    vectors: dict[str, Tensor | None] = {}
+    if None not in affine:
+        vectors |= dense(x, scale=affine[0], shift=affine[1])
+    y, *rest = lazy
+    if y is not None and None not in rest[:4]:
+        if None in rest[4:]:  # one alone is as none, as in the definition
+            rest[4:] = None, None
+        vectors |= dense(g, **dict(zip(("mean", "a", "b", "c", "gscale", "gshift"), rest, strict=True)))
+        vectors["y"] = matrix("y", y, g)
+    dx, dw = pointwise.backward(g, x, w, residual, overwrite, **vectors)
+    return dx, dw.to(x.dtype)
 
 
 def _conv_backward(
@@ -146,6 +180,7 @@ def _conv_backward(
         if residual is not None and residual.dtype != wide:
             residual, overwrite = residual.to(wide, memory_format=CHANNELS_LAST), True
         dx = library.conv_dgrad(dy, w.to(wide), list(x.shape), *geometry, residual, overwrite).to(x.dtype)
+        residual = None  # a wide copy's memory, for x's
     if needs[1]:
         dw = _wgrad(dy, x, list(w.shape), geometry, affine)
     return dx, dw
@@ -173,6 +208,8 @@ def conv_backward(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     geometry, needs = (stride, padding, dilation, groups), (needs_x, needs_w)
+    if _is_pointwise(g, x, w, geometry, needs):
+        return _pointwise(g, x, w, (scale, shift), (y, mean, a, b, c, gscale, gshift), residual, False)
     wide = _gradients_dtype(g, list(w.shape), list(x.shape), geometry, needs)
     dy = _gradient(wide, False, g, y, mean, a, b, c, gscale, gshift)
     return _conv_backward(dy, x, w, geometry, needs, (scale, shift), residual, False)
@@ -201,6 +238,9 @@ def conv_backward_into(
     """
     keys = ("y", "mean", "a", "b", "c", "gscale", "gshift")
     geometry, needs = (stride, padding, dilation, groups), (needs_x, needs_w)
+    if _is_pointwise(g, x, w, geometry, needs):
+        overwrite = residual is not None and residual.data_ptr() != g.data_ptr()
+        return _pointwise(g, x, w, (scale, shift), [lazy.get(key) for key in keys], residual, overwrite)
     wide = _gradients_dtype(g, list(w.shape), list(x.shape), geometry, needs)
     dy = _gradient(wide, disposable and g is not residual, g, *map(lazy.get, keys))
     # Not where dy is that memory: dw is still to be read from it.

@@ -1,0 +1,71 @@
+"""The backward of our own 1x1 convolutions on a CPU (csrc/cpu/pointwise_backward.cpp), for the backends. No backend.
+
+One pass forms dy and the activation as it reads, block by block, and leaves dx and dw: neither is written to memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fast import buffers
+from resnet_fast.backends.own import _C, DTYPES, unable
+
+#: Input or output channels, at most: a thread keeps their vectors in L1.
+_CHANNELS = 512
+#: C * K, at most: the filters and the sums of their gradient stay in the level-2 cache.
+_FILTERS = 128 * 512
+
+
+def why_not(
+    device: torch.device,
+    w_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> str | None:
+    """None where ``backward`` runs this convolution's and is the faster, else the reason. ``dtype``: of arithmetic."""
+    if reason := unable(device, dtype, "products"):
+        return reason
+    if w_size[2:] != [1, 1] or stride != [1, 1] or padding != [0, 0] or groups != 1:
+        return "not 1x1, stride 1, without padding and groups"
+    if max(w_size[:2]) > _CHANNELS or w_size[0] * w_size[1] > _FILTERS:
+        return f"{w_size[1]} to {w_size[0]} channels: the filters leave the caches"
+    return None
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    w: Tensor,
+    residual: Tensor | None,
+    overwrite: bool,
+    **vectors: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dx (N, C, H, W) = dy x w + residual, channels-last, in the dtype of x; dw (K, C, 1, 1), float32.
+
+    Nothing is checked. g (N, K, H, W), x, residual channels-last, of one dtype; dx is written over ``residual`` with
+    ``overwrite``. ``vectors``: scale and shift (C,) of a lazy x; y, as g, and mean, a, b, c, gscale, gshift (K,) of a
+    lazy g; all float32 but y.
+    """
+    n, c, h, wide = x.shape
+    k = w.shape[0]
+    dx = residual if overwrite and residual is not None else buffers.image((n, c, h, wide), x.dtype)
+    dw = torch.empty((k, c, 1, 1), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    size = {"npq": n * h * wide, "channels": c, "k": k, "threads": threads}
+    workspace = buffers.scratch(_C.cpu.pointwise_backward_workspace(**size))
+    _C.cpu.pointwise_backward(
+        g=g,
+        x=x,
+        w=w.reshape(k, c).to(torch.float32).contiguous(),
+        residual=residual,
+        dx=dx,
+        dw=dw,
+        workspace=workspace,
+        dtype=DTYPES[x.dtype],
+        **size,
+        **vectors,  # type: ignore[arg-type]
+    )
+    return dx, dw
