@@ -229,7 +229,7 @@ struct WinogradWgrad {
 };
 
 /// Channels that pointwise_backward takes, in and out.
-constexpr int64_t POINTWISE_CHANNELS = 512;
+constexpr int64_t POINTWISE_CHANNELS = 1024;
 
 /// The gradients of a convolution 1 x 1, stride 1: dx = dy x w + residual and dw = the transpose of
 /// dy x act(x), where g, y (npq, k), x, dx, residual (npq, channels), w, dw (k, channels). dy is g;

@@ -12,9 +12,11 @@ namespace {
 // Pixels to a block, a multiple of ROWS: dy and x of them stay in the level-2 cache, beside the
 // filters and the sums of their gradient, and their sum is formed in registers.
 constexpr int64_t BLOCK = 70 / ROWS * ROWS;
+// Channels of dy whose products are summed in registers: longer sums lose digits.
+constexpr int64_t CHUNK = 128;
 // Segments of the pixels, each with sums of its own, while all of these stay below so many floats.
 constexpr int64_t SEGMENTS = 32;
-constexpr int64_t SUMS = 1024 * 1024;
+constexpr int64_t SUMS = 2 * 1024 * 1024;
 
 /// How the work is cut: `segments` of the blocks of pixels, which follow from the shape alone, so
 /// that results do not depend on the number of threads.
@@ -83,25 +85,56 @@ void form_activation(const PointwiseBackward& args, int64_t row, int64_t count,
   }
 }
 
-/// m (N, PACK) = e x w: e (packs, BLOCK, PACK), of which N rows, w (packs * PACK, PACK).
+/// What the next block reads, one after the other: it is asked for while this one is multiplied.
+struct Ahead {
+  const char* at[4] = {};
+  int64_t bytes[4] = {};
+  int64_t total = 0;
+
+  template <class T>
+  void add(int i, const T* rows, int64_t row, int64_t count, int64_t channels) {
+    if (!rows) return;
+    at[i] = reinterpret_cast<const char*>(rows + row * channels);
+    bytes[i] = count * channels * static_cast<int64_t>(sizeof(T));
+    total += bytes[i];
+  }
+  /// Where part i of `parts` begins.
+  const char* part(int64_t i, int64_t parts) const {
+    int64_t offset = i * total / parts;
+    for (int r = 0; r < 4; ++r) {
+      if (offset < bytes[r]) return at[r] + offset;
+      offset -= bytes[r];
+    }
+    return nullptr;
+  }
+};
+
+/// m (N, PACK) = e x w: e (packs, BLOCK, PACK), of which N rows, w (packs * PACK, PACK). At every
+/// channel a line from `ahead` on is asked for, `step` bytes further each time.
 template <int N>
-void multiply(const float* e, const float* w, int64_t packs, float* m) {
-  Vec sum[N][2] = {};
-  for (int64_t pack = 0; pack < packs; ++pack, e += BLOCK * PACK) {
-    for (int i = 0; i < PACK; ++i, w += PACK) {
-      const Vec left = load(w), right = load(w + LANES);
+void multiply(const float* e, const float* w, int64_t packs, float* m, const char* ahead,
+              int64_t step) {
+  for (int64_t first = 0; first < packs; first += CHUNK / PACK) {
+    Vec sum[N][2] = {};
+    const int64_t last = smaller(first + CHUNK / PACK, packs);
+    for (int64_t pack = first; pack < last; ++pack, e += BLOCK * PACK) {
+      for (int i = 0; i < PACK; ++i, w += PACK, ahead += step) {
+        __builtin_prefetch(ahead, 0, 2);
+        const Vec left = load(w), right = load(w + LANES);
 #pragma GCC unroll 14
-      for (int r = 0; r < N; ++r) {
-        const Vec value = broadcast(e + r * PACK + i);
-        sum[r][0] = fma(value, left, sum[r][0]);
-        sum[r][1] = fma(value, right, sum[r][1]);
+        for (int r = 0; r < N; ++r) {
+          const Vec value = broadcast(e + r * PACK + i);
+          sum[r][0] = fma(value, left, sum[r][0]);
+          sum[r][1] = fma(value, right, sum[r][1]);
+        }
       }
     }
-  }
 #pragma GCC unroll 14
-  for (int r = 0; r < N; ++r) {
-    store(m + r * PACK, sum[r][0]);
-    store(m + r * PACK + LANES, sum[r][1]);
+    for (int r = 0; r < N; ++r) {
+      float* out = m + r * PACK;
+      store(out, first == 0 ? sum[r][0] : load(out) + sum[r][0]);
+      store(out + LANES, first == 0 ? sum[r][1] : load(out + LANES) + sum[r][1]);
+    }
   }
 }
 
@@ -124,7 +157,10 @@ RESNET_FAST_INLINE void ask_for(const T* pack) {
 /// dx of the rows [row, row + count) at one pack of channels.
 template <class T, class Lanes>
 void form_dx(const PointwiseBackward& args, const Plan& plan, int64_t row, int64_t count,
-             const float* e, const float* w, float* m, int64_t channel, Lanes lanes) {
+             const float* e, const float* w, float* m, const Ahead& next, int64_t channel,
+             Lanes lanes) {
+  constexpr int64_t CALLS = cdiv(BLOCK, ROWS);
+  const int64_t parts = CALLS * plan.c_packs, step = next.total / parts / padded(args.k);
   const T* residual = static_cast<const T*>(args.residual);
   for (int64_t first = 0; first < count; first += ROWS) {
     const int64_t rows = smaller(ROWS, count - first);
@@ -133,8 +169,10 @@ void form_dx(const PointwiseBackward& args, const Plan& plan, int64_t row, int64
       if (residual) ask_for(residual + at);
       ask_for(static_cast<const T*>(args.dx) + at);
     }
-    multiply_rows(rows, std::make_integer_sequence<int, ROWS>{})(e + first * PACK, w, plan.k_packs,
-                                                                 m);
+    const char* ahead = next.part(channel / PACK * CALLS + first / ROWS, parts);
+    multiply_rows(rows, std::make_integer_sequence<int, ROWS>{})(
+        e + first * PACK, w, plan.k_packs, m, ahead ? ahead : reinterpret_cast<const char*>(w),
+        ahead ? step : 0);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (row + first + r) * args.channels + channel;
       Pair value{{load(m + r * PACK), load(m + r * PACK + LANES)}};
@@ -188,7 +226,8 @@ void merge_segments(const PointwiseBackward& args, const Plan& plan, const float
 // Tiles     BLOCK pixels, whole rows; segments of blocks are the units
 // Traffic   reads g, y, x, residual, writes dx: (2 * K + 3 * C) * NPQ * itemsize, once. What dy and
 //           the activation would be is in the level-2 cache
-// Numerics  fp32 from load to store, dy and the activation are not rounded; sums over K in order;
+// Numerics  fp32 from load to store, dy and the activation are not rounded; sums over K in order,
+// CHUNK at a time;
 //           those over NPQ over a block, over a segment's blocks and over the segments
 // Source    docs/conv.md entry 47
 template <class T>
@@ -234,8 +273,16 @@ void pointwise_backward_kernel(const PointwiseBackward& args) {
                        out + (k * plan.c_packs + c) * PACK * PACK);
         }
       }
+      Ahead next;
+      if (block + 1 < end) {
+        const int64_t then = row + BLOCK, rows = smaller(BLOCK, plan.npq - then);
+        next.add(0, static_cast<const T*>(args.g), then, rows, args.k);
+        next.add(1, static_cast<const T*>(args.y), then, rows, args.k);
+        next.add(2, static_cast<const T*>(args.x), then, rows, args.channels);
+        next.add(3, static_cast<const T*>(args.residual), then, rows, args.channels);
+      }
       for_each_pack(0, args.channels, [&](int64_t channel, auto lanes) {
-        form_dx<T>(args, plan, row, count, e, filters + channel * padded(args.k), m, channel,
+        form_dx<T>(args, plan, row, count, e, filters + channel * padded(args.k), m, next, channel,
                    lanes);
       });
     }

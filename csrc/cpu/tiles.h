@@ -34,7 +34,7 @@ constexpr int64_t SERIAL_MERGE = 8192;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// One tile: rows [row, row_end) and channels [channel, channel_end); `index` counts row blocks.
 struct Tile {

@@ -12,9 +12,10 @@ from resnet_fast import buffers
 from resnet_fast.backends.own import _C, DTYPES, unable
 
 #: Input or output channels, at most: a thread keeps their vectors in L1.
-_CHANNELS = 512
-#: C * K, at most: the filters and the sums of their gradient stay in the level-2 cache.
-_FILTERS = 128 * 512
+_CHANNELS = 1024
+#: C * K, at most: the filters and the sums of their gradient stay in the level-2 cache. Above the first, only where x
+#: does, too.
+_FILTERS, _MORE_FILTERS, _FEW = 256 * 512, 256 * 1024, 256
 
 
 def why_not(
@@ -24,14 +25,24 @@ def why_not(
     padding: list[int],
     groups: int,
     dtype: torch.dtype,
+    stored: torch.dtype,
 ) -> str | None:
-    """None where ``backward`` runs this convolution's and is the faster, else the reason. ``dtype``: of arithmetic."""
+    """None where ``backward`` runs this convolution's and is the faster, else the reason.
+
+    ``dtype``: of arithmetic; ``stored``: of x and g.
+    """
     if reason := unable(device, dtype, "products"):
         return reason
     if w_size[2:] != [1, 1] or stride != [1, 1] or padding != [0, 0] or groups != 1:
         return "not 1x1, stride 1, without padding and groups"
-    if max(w_size[:2]) > _CHANNELS or w_size[0] * w_size[1] > _FILTERS:
-        return f"{w_size[1]} to {w_size[0]} channels: the filters leave the caches"
+    k, c = w_size[:2]
+    if max(k, c) > _CHANNELS or k * c > (_FILTERS if c > _FEW else _MORE_FILTERS):
+        return f"{c} to {k} channels: the filters leave the caches"
+    isa = _C.cpu.isa()
+    if isa == "baseline":
+        return "baseline: the library is as fast without AVX2"
+    if stored == torch.float32 and c >= 4 * k and (c > _FEW or isa != "avx512"):
+        return f"{c} to {k} channels in float32: dy is the least that is read"
     return None
 
 

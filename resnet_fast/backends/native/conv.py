@@ -124,8 +124,10 @@ def conv_wgrad(
 def _is_pointwise(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, needs: tuple[bool, bool]) -> bool:
     """Whether both gradients come from one pass of our own."""
     stride, padding, _, groups = geometry
-    where = g.device, list(w.shape), stride, padding, groups, library.arithmetic(g.device, g.dtype)
-    return needs == (True, True) and g.dtype == x.dtype and pointwise.why_not(*where) is None
+    if needs != (True, True) or g.dtype != x.dtype:
+        return False
+    dtypes = library.arithmetic(g.device, g.dtype), g.dtype
+    return pointwise.why_not(g.device, list(w.shape), stride, padding, groups, *dtypes) is None
 
 
 def _wgrad(dy: Tensor, x: Tensor, w_size: list[int], geometry: Geometry, affine: Affine) -> Tensor:
