@@ -212,13 +212,16 @@ void bind_winograd(py::module_& module, const Winograd& ops) {
 }
 
 void bind_winograd_gradient(py::module_& module, const WinogradGradient& ops) {
-  define(
-      module, "winograd_wgrad_workspace",
-      [f = ops.winograd_wgrad_workspace](int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
-                                         int64_t threads) {
-        return f({nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, n, h, w, c, k, threads});
-      },
-      arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("threads"));
+  const auto of_shape = [&](const char* name, int64_t (*f)(const WinogradWgrad&)) {
+    define(
+        module, name,
+        [f](int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int64_t threads) {
+          return f({nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, n, h, w, c, k, threads});
+        },
+        arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("threads"));
+  };
+  of_shape("winograd_wgrad_units", ops.winograd_wgrad_units);
+  of_shape("winograd_wgrad_workspace", ops.winograd_wgrad_workspace);
 
   define(
       module, "winograd_wgrad",
@@ -232,15 +235,18 @@ void bind_winograd_gradient(py::module_& module, const WinogradGradient& ops) {
 }
 
 void bind_pointwise(py::module_& module, const Pointwise& ops) {
-  define(
-      module, "pointwise_backward_workspace",
-      [f = ops.pointwise_backward_workspace](int64_t npq, int64_t channels, int64_t k,
-                                             int64_t threads) {
-        PointwiseBackward args{};
-        args.npq = npq, args.channels = channels, args.k = k, args.threads = threads;
-        return f(args);
-      },
-      arg("npq"), arg("channels"), arg("k"), arg("threads"));
+  const auto of_shape = [&](const char* name, int64_t (*f)(const PointwiseBackward&)) {
+    define(
+        module, name,
+        [f](int64_t npq, int64_t channels, int64_t k, int64_t threads) {
+          PointwiseBackward args{};
+          args.npq = npq, args.channels = channels, args.k = k, args.threads = threads;
+          return f(args);
+        },
+        arg("npq"), arg("channels"), arg("k"), arg("threads"));
+  };
+  of_shape("pointwise_backward_units", ops.pointwise_backward_units);
+  of_shape("pointwise_backward_workspace", ops.pointwise_backward_workspace);
 
   define(
       module, "pointwise_backward",
@@ -386,8 +392,10 @@ void bind_cpu(py::module_ module) {
 
   bind_winograd(module, {cpu::winograd_weight_size, cpu::winograd_weight, cpu::winograd_workspace,
                          cpu::winograd_conv});
-  bind_winograd_gradient(module, {cpu::winograd_wgrad_workspace, cpu::winograd_wgrad});
-  bind_pointwise(module, {cpu::pointwise_backward_workspace, cpu::pointwise_backward});
+  bind_winograd_gradient(
+      module, {cpu::winograd_wgrad_units, cpu::winograd_wgrad_workspace, cpu::winograd_wgrad});
+  bind_pointwise(module, {cpu::pointwise_backward_units, cpu::pointwise_backward_workspace,
+                          cpu::pointwise_backward});
   bind_direct(module, {cpu::direct_panel, cpu::direct_workspace, cpu::direct_conv});
 
   module.def("isa", cpu::isa, "The instruction set chosen for this process.");

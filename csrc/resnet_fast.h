@@ -216,7 +216,7 @@ struct WinogradConv {
 /// dw = the gradient of the filters of such a convolution: dy is (n, h, w, k), x (n, h, w, c), dw
 /// (k, 3, 3, c). Behind scale and shift (c,), if there are any, x is act(x * scale + shift), act
 /// ReLU. workspace: winograd_wgrad_workspace floats, for at most `threads` threads. A NaN or an
-/// infinity in x or dy spreads over all taps.
+/// infinity in x or dy spreads over all taps. winograd_wgrad_units: how many threads find work.
 struct WinogradWgrad {
   const void* dy;
   const void* x;
@@ -235,7 +235,8 @@ constexpr int64_t POINTWISE_CHANNELS = 1024;
 /// dy x act(x), where g, y (npq, k), x, dx, residual (npq, channels), w, dw (k, channels). dy is g;
 /// with y as in BnBackwardApply, gscale and gshift its scale and shift. act(x) is relu(x * scale +
 /// shift), without scale x. residual may be absent; dx may alias it. workspace:
-/// pointwise_backward_workspace floats, for at most `threads` threads.
+/// pointwise_backward_workspace floats, for at most `threads` threads. pointwise_backward_units:
+/// how many threads find work.
 struct PointwiseBackward {
   const void* g;
   const void* y;
@@ -345,11 +346,13 @@ struct Winograd {
 };
 
 struct WinogradGradient {
+  int64_t (*winograd_wgrad_units)(const WinogradWgrad&);
   int64_t (*winograd_wgrad_workspace)(const WinogradWgrad&);
   void (*winograd_wgrad)(const WinogradWgrad&);
 };
 
 struct Pointwise {
+  int64_t (*pointwise_backward_units)(const PointwiseBackward&);
   int64_t (*pointwise_backward_workspace)(const PointwiseBackward&);
   void (*pointwise_backward)(const PointwiseBackward&);
 };
@@ -378,8 +381,10 @@ int64_t winograd_weight_size(int64_t c, int64_t k);
 void winograd_weight(const WinogradWeight& args);
 int64_t winograd_workspace(const WinogradConv& args);
 void winograd_conv(const WinogradConv& args);
+int64_t winograd_wgrad_units(const WinogradWgrad& args);
 int64_t winograd_wgrad_workspace(const WinogradWgrad& args);
 void winograd_wgrad(const WinogradWgrad& args);
+int64_t pointwise_backward_units(const PointwiseBackward& args);
 int64_t pointwise_backward_workspace(const PointwiseBackward& args);
 void pointwise_backward(const PointwiseBackward& args);
 int64_t direct_panel();

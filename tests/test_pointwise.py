@@ -155,6 +155,7 @@ def _calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 PLAIN: dict[str, Any] = {
     "device": torch.device("cpu"),
     "w_size": [256, 64, 1, 1],
+    "input_size": [1, 64, 56, 56],
     "stride": [1, 1],
     "padding": [0, 0],
     "groups": 1,
@@ -181,9 +182,13 @@ PLAIN: dict[str, Any] = {
     ],
     ids=lambda change: "-".join(change),
 )
-def test_why_not(change: dict[str, Any]) -> None:
+def test_why_not(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert pointwise.why_not(**PLAIN) is None
     assert pointwise.why_not(**{**PLAIN, **change})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 128)
+        assert pointwise.why_not(**{**PLAIN, "input_size": [1, 64, 7, 7]}) is None
+        assert pointwise.why_not(**{**PLAIN, "input_size": [8, 64, 56, 56]}) == "64 units of work for 128 threads"
     with switches.without("products"):
         assert pointwise.why_not(**PLAIN) == "switched off"
     # In float32 dy is then the least that is read; the casts of the others pay for it.

@@ -251,11 +251,15 @@ PLAIN: dict[str, object] = {"stride": [1, 1], "padding": [1, 1], "dilation": [1,
     ],
     ids=lambda change: "-".join(change),
 )
-def test_why_not(change: dict[str, object]) -> None:
-    plain = {"device": torch.device("cpu"), "w_size": [64, 64, 3, 3], "input_size": [1, 64, 8, 8], **PLAIN}
+def test_why_not(change: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {"device": torch.device("cpu"), "w_size": [64, 64, 3, 3], "input_size": [4, 64, 8, 8], **PLAIN}
     plain["dtype"] = torch.float32
     assert winograd.why_not(**plain) is None and winograd.wgrad_why_not(**plain) is None
     assert winograd.why_not(**{**plain, **change})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 64)
+        assert winograd.wgrad_why_not(**plain) is None
+        assert "64 threads" in winograd.wgrad_why_not(**{**plain, "input_size": [16, 64, 56, 56]})
     # The gradient of the filters alone has no need of filters that stay in the caches.
     assert bool(winograd.wgrad_why_not(**{**plain, **change})) != (change == {"w_size": [512, 512, 3, 3]})
 

@@ -96,10 +96,16 @@ int64_t winograd_weight_size(int64_t c, int64_t k) { return winograd().winograd_
 void winograd_weight(const WinogradWeight& args) { winograd().winograd_weight(args); }
 int64_t winograd_workspace(const WinogradConv& args) { return winograd().winograd_workspace(args); }
 void winograd_conv(const WinogradConv& args) { winograd().winograd_conv(args); }
+int64_t winograd_wgrad_units(const WinogradWgrad& args) {
+  return winograd_gradient().winograd_wgrad_units(args);
+}
 int64_t winograd_wgrad_workspace(const WinogradWgrad& args) {
   return winograd_gradient().winograd_wgrad_workspace(args);
 }
 void winograd_wgrad(const WinogradWgrad& args) { winograd_gradient().winograd_wgrad(args); }
+int64_t pointwise_backward_units(const PointwiseBackward& args) {
+  return pointwise().pointwise_backward_units(args);
+}
 int64_t pointwise_backward_workspace(const PointwiseBackward& args) {
   return pointwise().pointwise_backward_workspace(args);
 }

@@ -15,7 +15,7 @@ constexpr int64_t BLOCK = 70 / ROWS * ROWS;
 // Channels of dy whose products are summed in registers: longer sums lose digits.
 constexpr int64_t CHUNK = 128;
 // Segments of the pixels, each with sums of its own, while all of these stay below so many floats.
-constexpr int64_t SEGMENTS = 32;
+constexpr int64_t SEGMENTS = 64;
 constexpr int64_t SUMS = 2 * 1024 * 1024;
 
 /// How the work is cut: `segments` of the blocks of pixels, which follow from the shape alone, so
@@ -295,6 +295,10 @@ void pointwise_backward_kernel(const PointwiseBackward& args) {
   }
 }
 
+int64_t pointwise_backward_units(const PointwiseBackward& args) {
+  return args.k == 0 || args.channels == 0 ? 0 : Plan(args).segments;
+}
+
 int64_t pointwise_backward_workspace(const PointwiseBackward& args) {
   const Plan plan(args);
   return plan.filters() + plan.sums() + Queue::size(args.threads) + args.threads * plan.own();
@@ -306,6 +310,7 @@ void pointwise_backward(const PointwiseBackward& args) {
 
 }  // namespace
 
-const Pointwise pointwise = {pointwise_backward_workspace, pointwise_backward};
+const Pointwise pointwise = {pointwise_backward_units, pointwise_backward_workspace,
+                             pointwise_backward};
 
 }  // namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE

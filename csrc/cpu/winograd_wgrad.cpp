@@ -227,6 +227,10 @@ void winograd_wgrad_kernel(const WinogradWgrad& args) {
   }
 }
 
+int64_t winograd_wgrad_units(const WinogradWgrad& args) {
+  return args.k == 0 || args.c == 0 ? 0 : Plan(args).units();
+}
+
 int64_t winograd_wgrad_workspace(const WinogradWgrad& args) {
   const Plan plan(args);
   return plan.all_sums() + Queue::size(args.threads) + args.threads * plan.own();
@@ -238,6 +242,7 @@ void winograd_wgrad(const WinogradWgrad& args) {
 
 }  // namespace
 
-const WinogradGradient winograd_gradient = {winograd_wgrad_workspace, winograd_wgrad};
+const WinogradGradient winograd_gradient = {winograd_wgrad_units, winograd_wgrad_workspace,
+                                            winograd_wgrad};
 
 }  // namespace resnet_fast::cpu::RESNET_FAST_NAMESPACE

@@ -25,6 +25,16 @@ DTYPES: dict[torch.dtype, _C.DType] = (
 )
 
 
+#: Multiply-adds of a unit of work that a thread has done before the library's threads are awake.
+_SMALL = 5e6
+
+
+def too_few(units: int, macs: int) -> str | None:
+    """Why ``units`` of work with ``macs`` multiply-adds together are not enough for torch's threads, or None."""
+    threads = torch.get_num_threads()
+    return f"{units} units of work for {threads} threads" if units < threads and macs > units * _SMALL else None
+
+
 def unable(device: torch.device, dtype: torch.dtype, switch: str) -> str | None:
     """Why no convolution that ``switch`` leaves out runs on ``device`` in ``dtype``, or None."""
     if device.type != "cpu" or _C is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast import buffers
-from resnet_fast.backends.own import _C, DTYPES, unable
+from resnet_fast.backends.own import _C, DTYPES, too_few, unable
 
 #: Input or output channels, at most: a thread keeps their vectors in L1.
 _CHANNELS = 1024
@@ -21,6 +21,7 @@ _FILTERS, _MORE_FILTERS, _FEW = 256 * 512, 256 * 1024, 256
 def why_not(
     device: torch.device,
     w_size: list[int],
+    input_size: list[int],
     stride: list[int],
     padding: list[int],
     groups: int,
@@ -43,7 +44,10 @@ def why_not(
         return "baseline: the library is as fast without AVX2"
     if stored == torch.float32 and c >= 4 * k and (c > _FEW or isa != "avx512"):
         return f"{c} to {k} channels in float32: dy is the least that is read"
-    return None
+    threads = torch.get_num_threads()
+    npq = input_size[0] * input_size[2] * input_size[3]
+    units = _C.cpu.pointwise_backward_units(npq=npq, channels=c, k=k, threads=threads)
+    return too_few(units, 2 * npq * c * k)
 
 
 def backward(

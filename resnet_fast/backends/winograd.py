@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast import buffers
-from resnet_fast.backends.own import _C, CHANNELS_LAST, DTYPES, unable
+from resnet_fast.backends.own import _C, CHANNELS_LAST, DTYPES, too_few, unable
 
 #: Channels below which too little is multiplied to pay for the transforms.
 _CHANNELS = 32
@@ -22,7 +22,7 @@ _FILTERS = 400 * 400
 _WASTE = 1.35
 
 
-def wgrad_why_not(
+def _unfit(
     device: torch.device,
     w_size: list[int],
     input_size: list[int],
@@ -32,7 +32,7 @@ def wgrad_why_not(
     groups: int,
     dtype: torch.dtype,
 ) -> str | None:
-    """None where ``wgrad`` runs for this convolution and is the faster, else the reason. ``dtype``: of arithmetic."""
+    """Why no kernel here is for this convolution, or None."""
     if reason := unable(device, dtype, "winograd"):
         return reason
     if w_size[2:] != [3, 3] or stride != [1, 1] or padding != [1, 1] or dilation != [1, 1] or groups != 1:
@@ -56,11 +56,30 @@ def why_not(
     dtype: torch.dtype,
 ) -> str | None:
     """None where ``conv`` runs this convolution and is the faster, else the reason. ``dtype``: of arithmetic."""
-    if reason := wgrad_why_not(device, w_size, input_size, stride, padding, dilation, groups, dtype):
+    if reason := _unfit(device, w_size, input_size, stride, padding, dilation, groups, dtype):
         return reason
     if w_size[0] * w_size[1] >= _FILTERS:
         return f"{w_size[1]} to {w_size[0]} channels: the filters leave the caches"
     return None
+
+
+def wgrad_why_not(
+    device: torch.device,
+    w_size: list[int],
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> str | None:
+    """None where ``wgrad`` runs for this convolution and is the faster, else the reason. ``dtype``: of arithmetic."""
+    if reason := _unfit(device, w_size, input_size, stride, padding, dilation, groups, dtype):
+        return reason
+    n, c, h, wide = input_size
+    threads = torch.get_num_threads()
+    units = _C.cpu.winograd_wgrad_units(n=n, h=h, w=wide, c=c, k=w_size[0], threads=threads)
+    return too_few(units, 4 * n * h * wide * c * w_size[0])
 
 
 def weight(w: Tensor, dtype: torch.dtype, flip: bool = False) -> Tensor:

@@ -127,7 +127,7 @@ def _is_pointwise(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, needs: tu
     if needs != (True, True) or g.dtype != x.dtype:
         return False
     dtypes = library.arithmetic(g.device, g.dtype), g.dtype
-    return pointwise.why_not(g.device, list(w.shape), stride, padding, groups, *dtypes) is None
+    return pointwise.why_not(g.device, list(w.shape), list(x.shape), stride, padding, groups, *dtypes) is None
 
 
 def _wgrad(dy: Tensor, x: Tensor, w_size: list[int], geometry: Geometry, affine: Affine) -> Tensor:
