@@ -260,8 +260,8 @@ void bind_pointwise(py::module_& module, const Pointwise& ops) {
       },
       arg("g"), arg("y") = 0, arg("mean") = 0, arg("a") = 0, arg("b") = 0, arg("c") = 0,
       arg("gscale") = 0, arg("gshift") = 0, arg("x"), arg("scale") = 0, arg("shift") = 0, arg("w"),
-      arg("residual") = 0, arg("dx"), arg("dw"), arg("workspace"), arg("npq"), arg("channels"),
-      arg("k"), arg("threads"), arg("dtype"));
+      arg("residual") = 0, arg("dx") = 0, arg("dw") = 0, arg("workspace"), arg("npq"),
+      arg("channels"), arg("k"), arg("threads"), arg("dtype"));
 }
 
 /// A dictionary's own memory, and what it points to first, will be read soon.

@@ -234,7 +234,7 @@ constexpr int64_t POINTWISE_CHANNELS = 1024;
 /// The gradients of a convolution 1 x 1, stride 1: dx = dy x w + residual and dw = the transpose of
 /// dy x act(x), where g, y (npq, k), x, dx, residual (npq, channels), w, dw (k, channels). dy is g;
 /// with y as in BnBackwardApply, gscale and gshift its scale and shift. act(x) is relu(x * scale +
-/// shift), without scale x. residual may be absent; dx may alias it. workspace:
+/// shift), without scale x. dx, dw or residual may be absent; dx may alias residual. workspace:
 /// pointwise_backward_workspace floats, for at most `threads` threads. pointwise_backward_units:
 /// how many threads find work.
 struct PointwiseBackward {

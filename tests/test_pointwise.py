@@ -78,7 +78,9 @@ def ours(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     names = ("y", "mean", "a", "b", "c", "gscale", "gshift")
     affine = kwargs.get("scale"), kwargs.get("shift")
     lazy = [kwargs.get(name) for name in names]
-    return conv._pointwise(kwargs["g"], kwargs["x"], kwargs["w"], affine, lazy, kwargs.get("residual"), False)
+    return conv._pointwise(
+        kwargs["g"], kwargs["x"], kwargs["w"], (True, True), affine, lazy, kwargs.get("residual"), False
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,8 +214,9 @@ def test_both_gradients_run_it(overwrite: bool, monkeypatch: pytest.MonkeyPatch)
         assert_same_bits(found, alone)
     for needs in ((True, False), (False, True), (False, False)):
         part = conv.conv_backward(**{**kwargs, "needs_x": needs[0], "needs_w": needs[1]})
-        assert [t.numel() > 0 for t in part] == list(needs)
-    assert set(seen) == {(64, 64)} and len(seen) == (4 if overwrite else 1)
+        for found, whole, needed in zip(part, alone, needs, strict=True):
+            assert_same_bits(found, whole if needed else whole.new_empty(0))
+    assert set(seen) == {(64, 64)} and len(seen) == (6 if overwrite else 3)
 
 
 @pytest.mark.skipif(_C.cpu.isa() == "baseline", reason="not used without AVX2")
@@ -232,9 +235,8 @@ def test_training_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for m in (fused, exact, model):
         out = m(x.to(next(m.parameters()).dtype))
         (out * target.to(out.dtype)).mean().backward()
-    # The first block's two that read x itself, which needs no gradient, have no need of both.
     wide = [(64, 256)] * 2 if _C.cpu.isa() == "avx512" else []
-    assert sorted(seen) == [*wide, *[(256, 64)] * 3]
+    assert sorted(seen) == [(64, 64), *wide, *[(256, 64)] * 4]
     for (key, p), q, r in zip(fused.named_parameters(), exact.parameters(), model.parameters(), strict=True):
         error, torchs_error = ((t.grad - q.grad).norm() / q.grad.norm() for t in (p, r))
         assert error <= 3 * torchs_error + 1e-6, f"{key}: {error} beside torch's {torchs_error}"

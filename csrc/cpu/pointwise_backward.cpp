@@ -42,7 +42,8 @@ struct Plan {
   int64_t own() const { return (k_packs + c_packs) * pack() + ROWS * PACK; }
 };
 
-/// dy of the rows [row, row + count) into e (k_packs, BLOCK, PACK), as bn_backward_apply forms it.
+/// dy of the rows [row, row + count) into e (k_packs, BLOCK, PACK), as bn_backward_apply forms and
+/// rounds it.
 template <bool LAZY, bool MASKED, class T, class Vectors>
 void form_gradient(const PointwiseBackward& args, int64_t row, int64_t count,
                    const Vectors& vectors, float* e) {
@@ -59,6 +60,7 @@ void form_gradient(const PointwiseBackward& args, int64_t row, int64_t count,
           const Vec rest = fma(vector(2), value.v[h] - vector(0), vector(3));
           g.v[h] = fma(vector(1), g.v[h], rest);
         }
+        g = widen(narrow(g, T{}));
       }
       float* out = e + channel * BLOCK;
       for (int h = 0; h < 2; ++h) store(out + h * LANES, g.v[h]);
@@ -66,22 +68,25 @@ void form_gradient(const PointwiseBackward& args, int64_t row, int64_t count,
   }
 }
 
-/// x of these rows, or act(x * scale + shift), into v (c_packs, BLOCK, PACK).
+/// x of these rows, or act(x * scale + shift), rounded as affine_act rounds it, into v (c_packs,
+/// BLOCK, PACK).
 template <bool LAZY, class T, class Vectors>
 void form_activation(const PointwiseBackward& args, int64_t row, int64_t count,
                      const Vectors& vectors, float* v) {
   const T* x = static_cast<const T*>(args.x) + row * args.channels;
+  const auto form = [&](int64_t channel, auto lanes) __attribute__((always_inline)) {
+    Pair value = widen(load_pack(x + channel, lanes));
+    if constexpr (LAZY) {
+      for (int h = 0; h < 2; ++h) {
+        const Vec scale = vectors(0, channel, h), shift = vectors(1, channel, h);
+        value.v[h] = relu(fma(value.v[h], scale, shift));
+      }
+      value = widen(narrow(value, T{}));
+    }
+    for (int h = 0; h < 2; ++h) store(v + channel * BLOCK + h * LANES, value.v[h]);
+  };
   for (int64_t r = 0; r < count; ++r, x += args.channels, v += PACK) {
-    for_each_pack(0, args.channels,
-                  [&](int64_t channel, auto lanes) __attribute__((always_inline)) {
-                    const Pair value = widen(load_pack(x + channel, lanes));
-                    for (int h = 0; h < 2; ++h) {
-                      Vec result = value.v[h];
-                      if (LAZY)
-                        result = relu(fma(result, vectors(0, channel, h), vectors(1, channel, h)));
-                      store(v + channel * BLOCK + h * LANES, result);
-                    }
-                  });
+    for_each_pack(0, args.channels, form);
   }
 }
 
@@ -226,8 +231,8 @@ void merge_segments(const PointwiseBackward& args, const Plan& plan, const float
 // Tiles     BLOCK pixels, whole rows; segments of blocks are the units
 // Traffic   reads g, y, x, residual, writes dx: (2 * K + 3 * C) * NPQ * itemsize, once. What dy and
 //           the activation would be is in the level-2 cache
-// Numerics  fp32 from load to store, dy and the activation are not rounded; sums over K in order,
-// CHUNK at a time;
+// Numerics  dy and the activation rounded as if they were stored, the rest fp32; sums over K in
+// order, CHUNK at a time;
 //           those over NPQ over a block, over a segment's blocks and over the segments
 // Source    docs/conv.md entry 47
 template <class T>
@@ -237,7 +242,7 @@ void pointwise_backward_kernel(const PointwiseBackward& args) {
   float* filters = args.workspace;
   float* sums = filters + plan.filters();
   float* queue = sums + plan.sums();
-  if (args.npq > 0) {
+  if (args.npq > 0 && args.dx) {
 #pragma omp parallel for schedule(static) if (args.k * args.channels > SERIAL_MERGE)
     for (int64_t i = 0; i < plan.c_packs; ++i) {
       pack_filters<T>(args, i * PACK, filters + i * padded(args.k) * PACK);
@@ -262,17 +267,19 @@ void pointwise_backward_kernel(const PointwiseBackward& args) {
       } else {
         form_gradient<true, true, T>(args, row, count, gradient, e);
       }
-      if (args.scale) {
+      if (!args.dw) {
+      } else if (args.scale) {
         form_activation<true, T>(args, row, count, affine, v);
       } else {
         form_activation<false, T>(args, row, count, affine, v);
       }
-      for (int64_t k = 0; k < plan.k_packs; ++k) {
+      for (int64_t k = 0; k < plan.k_packs && args.dw; ++k) {
         for (int64_t c = 0; c < plan.c_packs; ++c) {
           add_products(e + k * plan.pack(), v + c * plan.pack(), count, block == begin,
                        out + (k * plan.c_packs + c) * PACK * PACK);
         }
       }
+      if (!args.dx) continue;
       Ahead next;
       if (block + 1 < end) {
         const int64_t then = row + BLOCK, rows = smaller(BLOCK, plan.npq - then);
@@ -288,6 +295,7 @@ void pointwise_backward_kernel(const PointwiseBackward& args) {
     }
   };
   for_each_unit(plan.segments, queue, args.threads, run);
+  if (!args.dw) return;
   const int64_t pairs = plan.k_packs * plan.c_packs;
 #pragma omp parallel for schedule(static) if (args.k * args.channels > SERIAL_MERGE)
   for (int64_t i = 0; i < pairs; ++i) {

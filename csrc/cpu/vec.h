@@ -265,6 +265,19 @@ RESNET_FAST_INLINE Pack<float16> narrow(const Pair& pair, float16) {
   return {{narrow_half(pair.v[0]), narrow_half(pair.v[1])}};
 }
 
+/// What is left of value once it has been stored as T, vector by vector: as widen(narrow(value)).
+template <class T>
+RESNET_FAST_INLINE Vec rounded(Vec value) {
+  if constexpr (sizeof(T) == 4) {
+    return value;
+  } else if constexpr (Storage<T>::PARTS == 2) {
+    return widen_half(narrow_half(value));
+  } else {
+    const VecBits bits = (VecBits)value;
+    return (Vec)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+  }
+}
+
 /// As where_active, in the storage type: nothing is rounded.
 template <class T>
 RESNET_FAST_INLINE Pack<T> where_active(const Pack<T>& gate, const Pack<T>& value) {

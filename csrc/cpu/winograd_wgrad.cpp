@@ -122,7 +122,9 @@ void transform_patches(const WinogradWgrad& args, const Grid<M>& grid, const Pat
                                     smaller(channel + PACK, args.c));
   const auto activation = [&](int half) __attribute__((always_inline)) {
     const Vec scale = affine(0, 0, half), shift = affine(1, 0, half);
-    return [=](Vec value) __attribute__((always_inline)) { return relu(fma(value, scale, shift)); };
+    return [=](Vec value) __attribute__((always_inline)) {
+      return rounded<T>(relu(fma(value, scale, shift)));
+    };
   };
   both(activation(0), activation(1));
 }
@@ -168,7 +170,7 @@ void transform_sums(const WinogradWgrad& args, const Plan& plan, int64_t k_pack,
 // Traffic   reads x once per group of output channels, dy once per group of input channels; the
 //           transformed values and a unit's sums stay in the level-2 cache
 // Numerics  fp32: sums over a block, over a segment's blocks and over the segments, each in order;
-//           x is not rounded behind the ReLU
+//           x is rounded behind the ReLU as affine_act rounds it
 // Source    docs/conv.md entry 45; Lavin and Gray, Fast Algorithms for Convolutional Neural
 //           Networks, 2015
 template <class T>

@@ -54,20 +54,25 @@ def backward(
     g: Tensor,
     x: Tensor,
     w: Tensor,
+    needs: tuple[bool, bool],
     residual: Tensor | None,
     overwrite: bool,
     **vectors: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """dx (N, C, H, W) = dy x w + residual, channels-last, in the dtype of x; dw (K, C, 1, 1), float32.
+    """dx (N, C, H, W) = dy x w + residual, channels-last, and dw (K, C, 1, 1), in the dtype of x.
 
+    What ``needs`` leaves out has no elements; what is in it has the same bits whatever it leaves out.
     Nothing is checked. g (N, K, H, W), x, residual channels-last, of one dtype; dx is written over ``residual`` with
     ``overwrite``. ``vectors``: scale and shift (C,) of a lazy x; y, as g, and mean, a, b, c, gscale, gshift (K,) of a
     lazy g; all float32 but y.
     """
     n, c, h, wide = x.shape
     k = w.shape[0]
-    dx = residual if overwrite and residual is not None else buffers.image((n, c, h, wide), x.dtype)
-    dw = torch.empty((k, c, 1, 1), dtype=torch.float32)
+    dx = dw = None
+    if needs[0]:
+        dx = residual if overwrite and residual is not None else buffers.image((n, c, h, wide), x.dtype)
+    if needs[1]:
+        dw = torch.empty((k, c, 1, 1), dtype=torch.float32)
     threads = torch.get_num_threads()
     size = {"npq": n * h * wide, "channels": c, "k": k, "threads": threads}
     workspace = buffers.scratch(_C.cpu.pointwise_backward_workspace(**size))
@@ -83,4 +88,4 @@ def backward(
         **size,
         **vectors,  # type: ignore[arg-type]
     )
-    return dx, dw
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dw is None else dw.to(x.dtype)

@@ -122,9 +122,9 @@ def conv_wgrad(
 
 
 def _is_pointwise(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, needs: tuple[bool, bool]) -> bool:
-    """Whether both gradients come from one pass of our own."""
+    """Whether the gradients come from one pass of our own: whichever are needed, lest their bits depend on it."""
     stride, padding, _, groups = geometry
-    if needs != (True, True) or g.dtype != x.dtype:
+    if not any(needs) or g.dtype != x.dtype:
         return False
     dtypes = library.arithmetic(g.device, g.dtype), g.dtype
     return pointwise.why_not(g.device, list(w.shape), list(x.shape), stride, padding, groups, *dtypes) is None
@@ -143,6 +143,7 @@ def _pointwise(
     g: Tensor,
     x: Tensor,
     w: Tensor,
+    needs: tuple[bool, bool],
     affine: Affine,
     lazy: Sequence[Tensor | None],
     residual: Tensor | None,
@@ -160,8 +161,7 @@ def _pointwise(
             rest[4:] = None, None
         vectors |= dense(g, **dict(zip(("mean", "a", "b", "c", "gscale", "gshift"), rest, strict=True)))
         vectors["y"] = matrix("y", y, g)
-    dx, dw = pointwise.backward(g, x, w, residual, overwrite, **vectors)
-    return dx, dw.to(x.dtype)
+    return pointwise.backward(g, x, w, needs, residual, overwrite, **vectors)
 
 
 def _conv_backward(
@@ -211,7 +211,7 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor]:
     geometry, needs = (stride, padding, dilation, groups), (needs_x, needs_w)
     if _is_pointwise(g, x, w, geometry, needs):
-        return _pointwise(g, x, w, (scale, shift), (y, mean, a, b, c, gscale, gshift), residual, False)
+        return _pointwise(g, x, w, needs, (scale, shift), (y, mean, a, b, c, gscale, gshift), residual, False)
     wide = _gradients_dtype(g, list(w.shape), list(x.shape), geometry, needs)
     dy = _gradient(wide, False, g, y, mean, a, b, c, gscale, gshift)
     return _conv_backward(dy, x, w, geometry, needs, (scale, shift), residual, False)
@@ -242,7 +242,7 @@ def conv_backward_into(
     geometry, needs = (stride, padding, dilation, groups), (needs_x, needs_w)
     if _is_pointwise(g, x, w, geometry, needs):
         overwrite = residual is not None and residual.data_ptr() != g.data_ptr()
-        return _pointwise(g, x, w, (scale, shift), [lazy.get(key) for key in keys], residual, overwrite)
+        return _pointwise(g, x, w, needs, (scale, shift), [lazy.get(key) for key in keys], residual, overwrite)
     wide = _gradients_dtype(g, list(w.shape), list(x.shape), geometry, needs)
     dy = _gradient(wide, disposable and g is not residual, g, *map(lazy.get, keys))
     # Not where dy is that memory: dw is still to be read from it.
