@@ -16,7 +16,14 @@ from torch import Tensor
 
 from resnet_fast import _C, buffers
 from resnet_fast.backends.own import CHANNELS_LAST as CHANNELS_LAST
-from resnet_fast.backends.own import DTYPES as DTYPES
+
+#: Of this module's own ``_C``, which tests/cuda_on_cpu replaces.
+DTYPES = {
+    torch.float32: _C.DType.float32,
+    torch.bfloat16: _C.DType.bfloat16,
+    torch.float16: _C.DType.float16,
+}
+
 
 # ---- where these kernels run
 
